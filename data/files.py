@@ -1,0 +1,49 @@
+"""Files written whole or not at all, and their digests.
+
+Every file that a later stage reads is written beside its place, flushed to the disk and renamed: a reader sees the old file or the new
+one, never half of one.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from data.errors import CheckpointError, ResourceError
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path` (folders are made); raises ResourceError where the disk refuses, and leaves no partial file."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ResourceError(f"{path}: cannot be written ({error.strerror}); free space there or choose another --out") from error
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `value` as indented JSON; NaN and infinity are refused, since JSON has no word for them."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path):
+    """The value in a JSON file that this program wrote; raises CheckpointError naming the file when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); make it again with the stage that wrote it") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

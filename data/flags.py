@@ -1,0 +1,48 @@
+"""Command-line flags from dataclasses: each flag is declared once, beside the code that reads it.
+
+A field `kl_coef: float = flag(0.05, "...")` becomes `--kl-coef`; with a prefix (in a chain of stages) `--ppo-kl-coef`. Booleans become
+`--name` and `--no-name`. A parser knows only the flags of its stage, so an unknown one is an error.
+"""
+
+import argparse
+import dataclasses
+import math
+from types import UnionType
+from typing import get_args, get_type_hints
+
+from data.errors import UsageError
+
+
+def flag(default, help: str, choices: tuple | None = None, positive: bool = False):
+    """A dataclass field that is a flag; positive ones must be above 0."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "positive": positive})
+
+
+def add_flags(parser: argparse.ArgumentParser, group, prefix: str = "") -> None:
+    """Adds every field of the dataclass to the parser; one that it knows already is left as it is."""
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        name = "--" + (prefix + field.name).replace("_", "-")
+        if name in parser._option_string_actions:
+            continue
+        kind = hints[field.name]
+        if isinstance(kind, UnionType):
+            kind = next(option for option in get_args(kind) if option is not type(None))
+        shown = "" if field.default is None or kind is bool else f" ({field.default})"
+        options = {"dest": prefix + field.name, "default": argparse.SUPPRESS, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), choices=field.metadata.get("choices"), **options)
+
+
+def take_flags(group, given: dict, prefix: str = "", **defaults):
+    """The dataclass filled from `given` (parsed flags by name), then `defaults`, then its own; raises UsageError on impossible numbers."""
+    values = {}
+    for field in dataclasses.fields(group):
+        name = prefix + field.name
+        value = given.get(name, defaults.get(field.name, field.default))
+        if isinstance(value, float) and not math.isfinite(value) or field.metadata.get("positive") and value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a {'positive ' if field.metadata['positive'] else ''}finite number")
+        values[field.name] = value
+    return group(**values)

@@ -1,0 +1,128 @@
+"""The run's data: from a spec to training, validation and test pairs in `DIR/data`, made once and read by every stage.
+
+A built-in world is first written to disk in its real file format and then read like any other file. The test part is given by
+--test-data (worlds bring one) or held out by the hash of the prompt, as is the validation part; so a prompt is always in one part.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError, UsageError
+from data.examples import Demonstration, Pair, is_held_out, read_demonstrations, read_pairs
+from data.files import atomic_write
+from data.flags import flag
+from data.run import begin_stage, finish_stage, open_stage
+from data.synthetic import WORLDS, write_world
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    data: str | None = flag(None, "advice, digest, hh:PATH[,PATH], tldr:PATH or jsonl:PATH (default: advice)")
+    test_data: str | None = flag(None, "pairs to test on, a spec like --data (default: a share of --data by hash of the prompt)")
+    demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
+    test_share: float = flag(0.1, "of the prompts, where --test-data is not given")
+    validation_share: float = flag(0.1, "of the remaining prompts")
+    max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
+    max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
+    skip_bad_rows: int = flag(0, "so many unreadable rows are left out before the run stops")
+    strict: bool = flag(False, "stop where a test prompt is also a training prompt, in place of removing it from training")
+
+
+@dataclass(frozen=True)
+class WorldFlags:
+    pairs: int = flag(4000, "training pairs of a built-in world", positive=True)
+    test_prompts: int = flag(500, "test prompts of a built-in world", positive=True)
+    label_temperature: float = flag(1.0, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
+    flip_rate: float = flag(0.0, "share of a built-in world's labels that is turned round")
+    annotator_bias: float = flag(0.0, "how much a built-in world's annotator cares for what the true reward does not")
+
+
+def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int) -> None:
+    """Makes `folder` (DIR/data), or checks that it was made with the same flags; `given`: names of the flags that the user typed.
+
+    Raises UsageError where a flag differs from the one the data was made with, DataError for rows (data/examples.py) and empty parts.
+    """
+    described = dataclasses.asdict(flags) | dataclasses.asdict(world_flags) | {"seed": seed}
+    if (folder / "manifest.json").exists():
+        made_with = open_stage(folder, "python train.py --stage tokenizer ...")["flags"]
+        for name in given:
+            if name in described and made_with[name] != described[name]:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {described[name]}: {folder} was made with {made_with[name]}; leave the flag out, or"
+                    " choose another --out"
+                )
+        return
+    if not (0 < flags.test_share < 1 and 0 < flags.validation_share < 1):
+        raise UsageError(f"--test-share {flags.test_share}, --validation-share {flags.validation_share}: both must lie between 0 and 1")
+    if not 0 <= world_flags.flip_rate <= 1:
+        raise UsageError(f"--flip-rate {world_flags.flip_rate}: must lie within 0 and 1")
+    begin_stage(folder, described)
+    spec, test_spec = flags.data, flags.test_data
+    if spec in WORLDS:
+        options = dataclasses.asdict(world_flags)
+        write_world(spec, folder / "world", seed=seed, **options)
+        style = "hh" if spec == "advice" else "tldr"
+        spec, test_spec = f"{style}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{style}:{folder / 'world' / 'test.jsonl'}"
+    pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl")
+    if test_spec:
+        test, _ = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl")
+        pairs, shared = without_shared_prompts(pairs, test, flags.strict)
+    else:
+        test, shared = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0
+        pairs = [p for p in pairs if not is_held_out(p.prompt, flags.test_share)]
+    parts = {
+        "train": [p for p in pairs if not is_held_out(p.prompt, flags.validation_share, "validation")],
+        "validation": [p for p in pairs if is_held_out(p.prompt, flags.validation_share, "validation")],
+        "test": test,
+    }
+    counts = {part: len(rows) for part, rows in parts.items()}
+    if not all(counts.values()):
+        raise DataError(f"{flags.data}: too few rows for three parts ({counts}); left out: {left_out}; give more data")
+    for part, rows in parts.items():
+        atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    if flags.demonstrations:
+        write_demonstrations(folder, flags, {pair.prompt for pair in test})
+    finish_stage(folder, "data", described, {}, {"pairs": counts, "left_out": left_out, "shared_with_test": shared})
+
+
+def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) -> tuple[list[Pair], int]:
+    """The training pairs whose prompt is not a test prompt, and how many were; raises DataError about them where strict."""
+    test_prompts = {pair.prompt for pair in test}
+    kept = [pair for pair in pairs if pair.prompt not in test_prompts]
+    shared = len(pairs) - len(kept)
+    if shared:
+        example = next(pair.where for pair in pairs if pair.prompt in test_prompts)
+        if strict:
+            raise DataError(f"{example}: this prompt is also a test prompt, as are those of {shared} training pairs in all; remove them, or leave out --strict")
+        print(f"warning: {shared} training pairs have a test prompt (first: {example}) and are left out")
+    return kept, shared
+
+
+def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> None:
+    """Reads --demonstrations, leaves out test prompts, and writes training and validation part."""
+    rows = [row for row in read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows) if row.prompt not in test_prompts]
+    for part, wanted in (("train", False), ("validation", True)):
+        chosen = [row for row in rows if is_held_out(row.prompt, flags.validation_share, "validation") == wanted]
+        if not chosen:
+            raise DataError(f"{flags.demonstrations}: no row for the {part} part; give more demonstrations")
+        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in chosen)
+        atomic_write(folder / f"demonstrations-{part}.jsonl", lines)
+
+
+def load_pairs(folder: Path, part: str) -> list[Pair]:
+    """The pairs of a part ("train", "validation" or "test") of DIR/data."""
+    return [Pair(**json.loads(line)) for line in (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def load_demonstrations(folder: Path, part: str) -> list[Demonstration]:
+    """What SFT imitates: the demonstrations' part where a file of them was given, else prompt and chosen response of each pair, once."""
+    path = folder / f"demonstrations-{part}.jsonl"
+    if path.exists():
+        return [Demonstration(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [Demonstration(p.prompt, p.chosen, p.style, p.where) for p in load_pairs(folder, part)]
+    return list({(row.prompt, row.response): row for row in rows}.values())

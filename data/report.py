@@ -1,0 +1,198 @@
+"""Numbers for people: intervals, the reward model's report, distinct-n, Markdown tables. No file, no flag, no torch.
+
+Every rate comes with its n and a 95 % interval, ties count half and are counted, and everything about scores is in raw log-odds.
+An accuracy of nothing (n = 0) is None, as are the ends of an interval from a single value.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from data.errors import NumericalError
+
+GAP_BUCKETS = (0.0, 0.5, 1.0, 2.0, math.inf)
+CALIBRATION_BINS = np.linspace(0.5, 1.0, 11)
+
+
+# Intervals
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a rate of `successes` out of n; (0, 1) for n = 0.
+
+    Ties may count half: outcomes in {0, 1/2, 1} vary less than a coin of the same mean, so the interval then errs on the wide side.
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001, equation 4.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of a few independent, roughly normal values, such as one per seed. Raises ValueError on no values."""
+    return _interval(values, lambda degrees: t_quantile(0.5 + confidence / 2, degrees))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of many independent values of any distribution, from 100 or so; for few use `t_interval`. Raises likewise."""
+    return _interval(values, lambda degrees: NormalDist().inv_cdf(0.5 + confidence / 2))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of a - b where a[i] and b[i] belong together (same seed); what they share cancels out of the interval."""
+    if len(a) != len(b):
+        raise ValueError(f"pairs need equal numbers of values, got {len(a)} and {len(b)}")
+    return t_interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), confidence)
+
+
+def _interval(values: Sequence[float], quantile) -> tuple[float, float | None, float | None]:
+    values = np.asarray(values, dtype=np.float64)
+    if not values.size:
+        raise ValueError("no values to average")
+    mean = float(values.mean())
+    if values.size == 1:
+        return mean, None, None
+    half = quantile(values.size - 1) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return mean, mean - half, mean + half
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """The p-quantile of Student's t with `degrees` of freedom, 1/2 <= p < 1.
+
+    P(|t| > x) is the regularised incomplete beta function I_c(degrees/2, 1/2) at c = degrees / (degrees + x^2). With x =
+    sqrt(degrees) tan(angle) that is c = cos^2(angle), which falls from 1 to 0 on [0, pi/2]: bisect for the angle. Source: DLMF 8.17.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        if incomplete_beta(math.cos(angle) ** 2, degrees / 2, 0.5) > 2 * (1 - p):
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1, by its continued fraction (DLMF 8.17.22).
+
+    I_x(a, b) = x^a (1-x)^b / (a B(a, b)) * 1/(1 + d_1/(1 + d_2/(1 + ...))), evaluated from the front (Lentz's method).
+    """
+    if x in (0.0, 1.0):
+        return x
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast below this point; above it, take the other tail
+        return 1 - incomplete_beta(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    fraction, numerator, denominator = 1.0, 1.0, 0.0
+    for k in range(1, 10_000):
+        m = k // 2
+        if k % 2:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        denominator = 1 / (1 + term * denominator)
+        numerator = 1 + term / numerator
+        fraction *= numerator * denominator
+        if abs(numerator * denominator - 1) < 1e-15:
+            return front / fraction
+    raise NumericalError(f"the incomplete beta function did not converge at x {x}, a {a}, b {b}")
+
+
+# The reward model
+
+def accuracy(outcomes: np.ndarray) -> dict:
+    """n, accuracy (None for n = 0), its 95 % interval and the number of ties, from outcomes (n,) in {0, 1/2, 1}."""
+    n = len(outcomes)
+    return {"n": n, "accuracy": float(np.mean(outcomes)) if n else None, "interval": list(wilson_interval(float(np.sum(outcomes)), n)),
+            "ties": int(np.sum(outcomes == 0.5))}
+
+
+def reward_model_report(chosen_scores: np.ndarray, rejected_scores: np.ndarray, chosen_lengths: np.ndarray,
+                        rejected_lengths: np.ndarray) -> dict:
+    """What a reward model is worth on N labelled pairs, as plain numbers; every argument (N,), scores in raw log-odds, lengths in tokens.
+
+    n, accuracy, interval, ties: how often the chosen response scores higher.
+    buckets: the same by |gap|, with each bucket's share of the pairs; share_of_gaps_below_1 is the share of |gap| in [0, 1).
+    calibration_error: the model says that the higher-scored response is preferred with probability sigmoid(|gap|); expected calibration
+      error over ten bins of that confidence (Guo et al. 2017, equation 3).
+    length: Pearson correlation of score and length over all 2N responses, and of score and length differences (chosen - rejected) over
+      the pairs (None where one of the two is constant); accuracy of "the longer one wins", which any reward model should beat; and the
+      model's accuracy on pairs whose lengths differ by at most 10 % of the longer one.
+    Raises ValueError on no pairs, NumericalError on a score that is not finite.
+    """
+    chosen_scores, rejected_scores = np.asarray(chosen_scores, dtype=np.float64), np.asarray(rejected_scores, dtype=np.float64)
+    chosen_lengths, rejected_lengths = np.asarray(chosen_lengths, dtype=np.float64), np.asarray(rejected_lengths, dtype=np.float64)
+    if not len(chosen_scores):
+        raise ValueError("no pairs to report on")
+    gaps, longer_by = chosen_scores - rejected_scores, chosen_lengths - rejected_lengths
+    bad = np.flatnonzero(~np.isfinite(gaps))
+    if bad.size:
+        raise NumericalError(f"row {bad[0]} has the scores {chosen_scores[bad[0]]} and {rejected_scores[bad[0]]} ({bad.size} such rows)")
+    wins, size = _wins(gaps), np.abs(gaps)
+    matched = np.abs(longer_by) <= 0.1 * np.maximum(chosen_lengths, rejected_lengths)
+    buckets = {}
+    for low, high in zip(GAP_BUCKETS, GAP_BUCKETS[1:]):
+        inside = (size >= low) & (size < high)
+        buckets[f"[{low:g}, {high:g})"] = {"share": float(inside.mean())} | accuracy(wins[inside])
+    return accuracy(wins) | {
+        "buckets": buckets,
+        "share_of_gaps_below_1": float((size < 1).mean()),
+        "calibration_error": calibration_error(1 / (1 + np.exp(-size)), wins),
+        "length": {
+            "correlation": pearson(np.concatenate([chosen_scores, rejected_scores]), np.concatenate([chosen_lengths, rejected_lengths])),
+            "correlation_of_differences": pearson(gaps, longer_by),
+            "longer_wins": accuracy(_wins(longer_by)),
+            "length_matched": accuracy(wins[matched]),
+        },
+    }
+
+
+def _wins(difference: np.ndarray) -> np.ndarray:
+    """1 where the chosen one is ahead, 1/2 for a tie, 0 where it is behind."""
+    return (np.sign(difference) + 1) / 2
+
+
+def calibration_error(confidence: np.ndarray, outcomes: np.ndarray) -> float:
+    """Mean over bins of |mean confidence - mean outcome|, weighted by each bin's share; confidence (n,) in [0.5, 1], outcomes (n,)."""
+    bins = np.digitize(confidence, CALIBRATION_BINS[1:-1])
+    return sum(abs(float(np.sum(confidence[bins == b] - outcomes[bins == b]))) for b in np.unique(bins)) / len(confidence)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's correlation of x (n,) and y (n,), or None where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+# Text
+
+def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams divided by all n-grams, over all responses together (Li et al. 2016); 0 where there are none.
+
+    It falls as the text grows: compare only sets of about the same size.
+    """
+    grams = [tuple(tokens[i:i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def format_interval(mean: float | None, low: float | None = None, high: float | None = None, digits: int = 2) -> str:
+    """"0.61 [0.55, 0.67]"; "0.61" without ends; "-" without a mean."""
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" if low is None or high is None else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right. Bars and line breaks in cells are made safe, None is "-"."""
+    def line(cells):
+        return "| " + " | ".join("-" if c is None else str(c).replace("|", "\\|").replace("\n", "<br>") for c in cells) + " |\n"
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"a row of {len(row)} cells under a header of {len(header)}: {row}")
+    return line(header) + line([":---"] + ["---:"] * (len(header) - 1)) + "".join(map(line, rows))

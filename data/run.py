@@ -1,0 +1,87 @@
+"""A run's folder: one folder per stage, each with a manifest that is written last.
+
+A stage folder counts only once `manifest.json` stands in it: stage, flags, parents by digest, what was measured, and the digest of every
+file. So a stage that stopped half-way is never picked up by a later one. `metrics.jsonl` has one JSON object per step; numbers that
+differ between two equal runs (seconds) stand under the key "time" alone.
+"""
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+from data.errors import CheckpointError, ResourceError, UsageError
+from data.files import digest, read_json, write_json
+
+MANIFEST = "manifest.json"
+
+
+def begin_stage(folder: Path, flags: dict) -> None:
+    """Makes a stage's folder and writes its flags; raises UsageError where the folder already holds a run, ResourceError where it cannot
+    be written."""
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise UsageError(f"{folder}: this stage is finished already; choose another --out, or remove the folder to make it anew")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: holds an unfinished run; remove the folder to start over, or choose another --out")
+    write_json(folder / "flags.json", flags)
+
+
+def finish_stage(folder: Path, stage: str, flags: dict, parents: dict[str, Path], results: dict) -> None:
+    """Writes the manifest, which makes the folder count. `results`: numbers worth keeping."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST or p.parent != folder and p.is_file())
+    manifest = {
+        "stage": stage,
+        "flags": flags,
+        "parents": {name: {"path": str(path), "manifest": digest(Path(path) / MANIFEST)} for name, path in parents.items()},
+        "results": results,
+        "files": {str(p.relative_to(folder)): digest(p) for p in files},
+        "python": platform.python_version(),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict:
+    """The manifest of a finished stage, its files checked against their digests.
+
+    make_it: the command that makes this folder. Raises UsageError where the stage is missing or unfinished, CheckpointError where a file
+    is missing or changed, or where the folder holds none of the expected stages.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        state = "is unfinished" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder}: {state}; make it with: {make_it}")
+    manifest = read_json(folder / MANIFEST)
+    if stages and manifest["stage"] not in stages:
+        raise CheckpointError(f"{folder}: holds the stage {manifest['stage']!r} where one of {', '.join(stages)} is needed")
+    for name, expected in manifest["files"].items():
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: missing, though the manifest lists it; make the stage again: {make_it}")
+        if digest(folder / name) != expected:
+            raise CheckpointError(f"{folder / name}: changed since it was written (digest differs); make the stage again: {make_it}")
+    return manifest
+
+
+class Metrics:
+    """Appends one JSON object per call to a file; `None` for a path writes nothing (the other processes of a run)."""
+
+    def __init__(self, path: Path | None):
+        self.file = None
+        if path is not None:
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "a", buffering=1, encoding="utf-8")
+            except OSError as error:
+                raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+    def log(self, **numbers) -> None:
+        """Writes one line. Floats that JSON cannot hold become null."""
+        if self.file:
+            clean = {k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in numbers.items()}
+            self.file.write(json.dumps(clean) + "\n")
+
+
+def as_flags(*groups) -> dict:
+    """One dict of all flags of some dataclasses, for manifests."""
+    return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}

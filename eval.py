@@ -1,0 +1,463 @@
+"""What a run's models are worth, side by side; or one model's answer to one prompt.
+
+    python eval.py --run runs/mpo                           the comparison: printed, and written to DIR/eval/report.md and report.json
+    python eval.py --run runs/mpo --models dpo,ppo --greedy
+    python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
+
+Every model answers the same test prompts with the same random numbers per prompt, so two models' answers are paired and the same seed
+gives the same report. Each answer is judged in up to three ways:
+
+  reward model   the log-odds of DIR/rm (raw), and in standard deviations of its scores on demonstrations (normalised), which PPO raises
+  true reward    only in the built-in worlds: what the text is really worth, and whether it is well-formed at all
+  wins           against the data's chosen response and against SFT's answer to the same prompt, by the true reward in worlds and by the
+                 reward model elsewhere; a tie is half a win
+
+and each model by how far it has gone: KL(model || SFT) and KL(model || its own reference), summed over the response's tokens, each over
+the whole vocabulary, on the model's own samples at temperature 1 (drawn apart where the answers are decoded in another way). Two rows are
+no models but marks to measure by: the data's chosen responses and, in worlds, the best response that the world allows.
+
+Everything runs in one process. Nothing here trains: this is the one place where a world's true reward meets a model.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.batches import Row, encode_prompt, encode_response, stable_hash
+from data.errors import CheckpointError, DataError, NumericalError, Stop, UsageError
+from data.examples import ASSISTANT, HUMAN, Pair
+from data.files import atomic_write, digest, read_json, write_json
+from data.flags import add_flags, flag, take_flags
+from data.prepare import load_pairs
+from data.report import accuracy, distinct_n, format_interval, markdown_table, t_interval
+from data.run import MANIFEST, open_stage
+from data.synthetic import WORLDS, best_response, kind, true_reward, well_formed
+from data.tokenizer import Tokenizer
+from losses.kl import exact_kl
+from model.checkpoint import CONFIG, load_model
+from model.generate import generate, row_uniforms
+from model.heads import LanguageModel, ScalarModel
+from model.parallel import DeviceFlags, World, start, stop
+from model.score import for_each_row, reward_scores, to_tensors
+
+STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
+LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while the KL is computed
+SHOWN = 3  # prompts whose answers are printed
+QUICK_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    models: str | None = flag(None, "names of the run's models, with commas between (default: all that are finished)")
+    prompts: int = flag(500, "how many test prompts are answered, the first in the order of their hashes", positive=True)
+    greedy: bool = flag(False, "answer with the likeliest token, in place of sampling")
+    temperature: float = flag(1.0, "of sampled answers", positive=True)
+    seed: int = flag(0, "of sampled answers")
+    reward_model: str | None = flag(None, "folder of the reward model that judges (default: DIR/rm)")
+    batch: int = flag(128, "prompts answered at a time; changes memory and speed", positive=True)
+
+
+@dataclass(frozen=True)
+class CommandFlags:
+    run: str | None = flag(None, "folder of the run whose models are compared")
+    model: str | None = flag(None, "folder of one model, to answer --prompt")
+    prompt: str | None = flag(None, "what --model answers; made a dialogue's human turn where the model's run is about dialogues")
+    raw: bool = flag(False, "take --prompt as it is")
+    quick: bool = flag(False, f"{QUICK_PROMPTS} prompts")
+    device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("fp32", "what matrix products run in", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test prompt: its text, the data's chosen response, and the ids that the models see."""
+
+    prompt: str
+    chosen: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """N responses, one per question, as ids and as texts; once judged, with the reward model's log-odds (N,) and true rewards (N,)."""
+
+    rows: list[Row]
+    texts: list[str]
+    raw: np.ndarray | None = None
+    true: np.ndarray | None = None
+
+    @property
+    def worth(self) -> np.ndarray:
+        """What decides who wins: the true reward where there is one."""
+        return self.raw if self.true is None else self.true
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models of one comparison share."""
+
+    tokenizer: Tokenizer
+    max_prompt: int
+    max_response: int
+    world: World
+    flags: EvalFlags
+
+    def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
+        """A model ready to answer or to judge; raises CheckpointError for another tokenizer's, UsageError for one with too little room."""
+        theirs = folder / "tokenizer.model"
+        if theirs.exists() and digest(theirs) != self.tokenizer.digest:
+            raise CheckpointError(f"{theirs}: is not the tokenizer of this run; its ids mean other words")
+        model, room = load_model(folder, architecture), self.max_prompt + self.max_response
+        if model.config.context < room:
+            raise UsageError(f"{folder}: a context of {model.config.context} tokens is less than --max-prompt + --max-response = {room}")
+        return model.to(self.world.device).requires_grad_(False).eval()
+
+    def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
+        """Given texts as answers."""
+        ids = [encode_response(text, self.tokenizer, self.max_response)[0] for text in texts]
+        return Answers([Row("", question.ids, response) for question, response in zip(questions, ids, strict=True)], list(texts))
+
+    def answer(self, model: LanguageModel, questions: Sequence[Question], title: str, *, greedy: bool, temperature: float) -> Answers:
+        """The model's answers; the random numbers of each are a function of the seed and of its prompt."""
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))  # little of a batch is padding
+        rows: list[Row | None] = [None] * len(questions)
+        starts = range(0, len(order), self.flags.batch)
+        for begin in tqdm(starts, desc=f"{title}: answers", leave=False, mininterval=1.0, disable=len(starts) < 2):
+            part = order[begin : begin + self.flags.batch]
+            prompts = [questions[index].ids for index in part]
+            keys = [stable_hash(questions[index].prompt) for index in part]
+            with self.world.autocast():
+                tokens, mask, _ = generate(
+                    model, prompts, max_new_tokens=self.max_response, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+                    uniforms=None if greedy else row_uniforms(stable_hash(self.flags.seed, "eval"), keys, self.max_response),
+                    temperature=temperature,
+                )  # fmt: skip
+            for index, prompt, ids, inside in zip(part, prompts, tokens.cpu(), mask.cpu(), strict=True):
+                rows[index] = Row("", prompt, tuple(ids[inside].tolist()))
+        return Answers(rows, [self.tokenizer.decode(row.response) for row in rows])
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@torch.no_grad()
+def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], pad_id: int, world: World, batch: int = 64) -> np.ndarray:
+    """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens: (N,).
+
+    Hidden states of response positions alone go through the two output projections, in pieces of at most LOGITS numbers: the (B, T, V)
+    tensors never exist. Raises NumericalError where a sum is not finite.
+    """
+    positions = max(1, LOGITS // model.config.vocab_size)
+
+    def read(part: Sequence[Row]) -> torch.Tensor:
+        tokens, mask = to_tensors(part, pad_id, world.device)
+        mask = mask[:, 1:]  # column t is about token t+1
+        states, ref_states = (m.trunk(tokens)[:, :-1][mask].split(positions) for m in (model, ref))
+        kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
+        return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
+
+    return finite(for_each_row(read, rows, batch, world, "KL"), "KL")
+
+
+def finite(values: np.ndarray, what: str) -> np.ndarray:
+    """The values; raises NumericalError where one is not a finite number."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise NumericalError(f"{what}: {bad.size} of {len(values)} values are not finite (first: {values[bad[0]]}); a model's weights are broken")
+    return values
+
+
+def judge(answers: dict[str, Answers], questions: Sequence[Question], model: ScalarModel, setting: Setting, world_name: str | None) -> dict[str, Answers]:
+    """The answers with the reward model's scores and, in worlds, true rewards. Each different response is scored once, so equal ones tie."""
+    different = list(dict.fromkeys((row.prompt, row.response) for found in answers.values() for row in found.rows))
+    scores = reward_scores(model, [Row("", *key) for key in different], setting.tokenizer.pad_id, setting.world)
+    score_of = dict(zip(different, finite(scores, "reward model"), strict=True))
+
+    def judged(found: Answers) -> Answers:
+        true = [true_reward(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)] if world_name else None
+        raw = np.array([score_of[row.prompt, row.response] for row in found.rows])
+        return dataclasses.replace(found, raw=raw, true=np.array(true) if world_name else None)
+
+    return {name: judged(found) for name, found in answers.items()}
+
+
+def mean(values: Sequence[float]) -> dict:
+    """Mean of per-prompt values with n and its 95 % interval."""
+    middle, *interval = t_interval(values)
+    return {"n": len(values), "mean": middle, "interval": interval}
+
+
+def share(outcomes: Sequence[float]) -> dict:
+    """Share of wins (or of True), from outcomes in {0, 1/2, 1}, with n and its 95 % interval; ties are counted."""
+    counted = accuracy(np.asarray(outcomes, dtype=np.float64))
+    return {"n": counted["n"], "mean": counted["accuracy"], "interval": counted["interval"], "ties": counted["ties"]}
+
+
+def wins(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """1 where mine (N,) is greater than theirs (N,), 1/2 where they are equal (up to the rounding of a sum of terms), else 0."""
+    return np.where(np.abs(mine - theirs) <= 1e-9, 0.5, mine > theirs)
+
+
+def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question], stats: dict, world_name: str | None, eos_id: int) -> dict:
+    """What is reported of one row: what its answers are worth, and their form. stats: mean and std of the reward model's scores."""
+    found, chosen, sft = answers[name], answers["chosen"], answers["sft"]
+    numbers = {
+        "score_raw": mean(found.raw),
+        "score": mean((found.raw - stats["score_mean"]) / stats["score_std"]),
+        "wins_against_chosen": share(wins(found.worth, chosen.worth)) if name != "chosen" else None,
+        "wins_against_sft": share(wins(found.worth, sft.worth)) if name != "sft" else None,
+        "tokens": mean([len(row.response) for row in found.rows]),
+        "ended": share([row.response[-1] == eos_id for row in found.rows]),
+        "cut": share([row.response[-1] != eos_id for row in found.rows]),
+        "distinct_2": distinct_n([[token for token in row.response if token != eos_id] for row in found.rows], 2),
+    }
+    if world_name:
+        kinds = np.array([kind(world_name, question.prompt) for question in questions])
+        way, whole_way = (float((answer.true - sft.true).mean()) for answer in (found, answers["best"]))
+        numbers |= {
+            "true_reward": mean(found.true),
+            "way_to_best": way / whole_way if whole_way else None,
+            "well_formed": share([well_formed(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)]),
+            "true_reward_by_kind": {k: mean(found.true[kinds == k]) for k in WORLDS[world_name].KINDS if (kinds == k).any()},
+        }
+    return numbers
+
+
+# ---------------------------------------------------------------- a run's comparison
+
+
+def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
+    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it.
+
+    Only the calling process works, whatever `world` says of others. Raises UsageError for what is missing, CheckpointError for what does
+    not fit together, NumericalError for a model whose numbers are not finite.
+    """
+    # 1. what is there, and whether it fits together
+    folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp")
+    made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
+    names = model_names(folder, flags.models)
+    tokenizer = Tokenizer(folder / "tokenizer" / "tokenizer.model")
+    setting = Setting(tokenizer, made_with["max_prompt"], made_with["max_response"], world, flags)
+    reward_model, stats, reward_folder = open_reward_model(folder, setting)
+    # a test file from elsewhere need not hold prompts that the world can judge
+    world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
+    questions = test_questions(load_pairs(folder / "data", "test"), setting)
+    # 2. everybody answers, everything is judged
+    answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
+    if world_name:
+        answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
+    found, distances = model_answers(folder, names, questions, setting)
+    answers = judge(answers | found, questions, reward_model, setting, world_name)
+    # 3. the report
+    shown = [name for name in answers if name not in STAGES or name in names]
+    rows = {name: measure(name, answers, questions, stats, world_name, tokenizer.eos_id) | distances.get(name, {}) for name in shown}
+    report = {
+        "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
+        "wins_judged_by": "true reward" if world_name else "reward model",
+        "decoding": "greedy" if flags.greedy else f"sampled at temperature {flags.temperature:g}",
+        "seed": flags.seed, "prompts": len(questions), "max_response": setting.max_response,
+        "rows": rows, "samples": [sample(i, questions[i].prompt, {name: answers[name] for name in shown}) for i in range(min(SHOWN, len(questions)))],
+    }  # fmt: skip
+    text = report_text(report)
+    write_json(folder / "eval" / "report.json", report)
+    atomic_write(folder / "eval" / "report.md", text)
+    print(text)
+    return text
+
+
+def model_names(folder: Path, asked: str | None) -> list[str]:
+    """Names of the models to compare, in the order of the stages. Raises UsageError where one, or SFT, is not finished."""
+    there = [name for name in STAGES if (folder / name / MANIFEST).exists()]
+    names = asked.split(",") if asked else there
+    for name in names:
+        if name not in STAGES:
+            raise UsageError(f"--models {asked}: there is no model {name!r}; finished in {folder} are: {', '.join(there) or 'none'}")
+    for name in dict.fromkeys(["sft", *names]):  # all are compared with SFT
+        open_stage(folder / name, f"python train.py --stage {name} --out {folder}", (name,))
+    return [name for name in STAGES if name in names]
+
+
+def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict, Path]:
+    """The judging reward model, its config with the mean and std of its scores, and its folder."""
+    where = Path(setting.flags.reward_model or folder / "rm")
+    if not setting.flags.reward_model:
+        open_stage(where, f"python train.py --stage rm --out {folder}", ("rm",))
+    model, stats = setting.load(where, ScalarModel), read_json(where / CONFIG)
+    if not {"score_mean", "score_std"} <= set(stats):
+        raise CheckpointError(f"{where / CONFIG}: has no score_mean and score_std; those that --stage rm makes have")
+    return model, stats, where
+
+
+def reference_folder(folder: Path, name: str) -> Path | None:
+    """The folder of a model's own reference, None for SFT; raises CheckpointError where it is not the one that it was trained with."""
+    manifest = read_json(folder / name / MANIFEST)
+    parent = manifest["parents"].get("ref")
+    if parent is None:  # a reference from outside the run stands in the flags
+        given = manifest["flags"].get("ref")
+        return Path(given).resolve() if given else None
+    recorded = Path(parent["path"])
+    for place in (recorded, folder / recorded.name):  # the run may have been moved
+        if (place / MANIFEST).exists() and digest(place / MANIFEST) == parent["manifest"]:
+            return place.resolve()
+    raise CheckpointError(f"{recorded}: the reference of {folder / name} is gone or was made anew; put it back, or make {name} again")
+
+
+def test_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
+    """The test prompts to answer, each once. Raises DataError where none fits."""
+    first = {}
+    for pair in pairs:
+        first.setdefault(pair.prompt, pair)
+    questions = []
+    for pair in sorted(first.values(), key=lambda pair: stable_hash(pair.prompt)):  # no part of a sorted file is preferred
+        ids, _ = encode_prompt(pair.prompt, pair.style, setting.tokenizer, setting.max_prompt)
+        if ids and len(questions) < setting.flags.prompts:
+            questions.append(Question(pair.prompt, pair.chosen, ids))
+    if not questions:
+        raise DataError(f"no test prompt fits --max-prompt {setting.max_prompt}; make the run's data with a larger one")
+    return questions
+
+
+def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Question], setting: Setting) -> tuple[dict[str, Answers], dict[str, dict]]:
+    """By name: the answers of SFT and of each model, and the KLs on samples at temperature 1, which the answers are where they are so drawn."""
+    flags, sft = setting.flags, (folder / "sft").resolve()
+    load = functools.cache(setting.load)
+    answers, distances = {}, {}
+    for name in dict.fromkeys(["sft", *names]):
+        own, ref = (folder / name).resolve(), reference_folder(folder, name)
+        samples = answers[name] = setting.answer(load(own), questions, name, greedy=flags.greedy, temperature=flags.temperature)
+        if flags.greedy or flags.temperature != 1:
+            samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
+        kls = {own: np.zeros(len(questions))}
+        for other in {sft, ref or sft} - {own}:
+            kls[other] = sequence_kls(load(own), load(other), samples.rows, setting.tokenizer.pad_id, setting.world)
+        distances[name] = {"kl_sft": mean(kls[sft]), "kl_ref": mean(kls[ref]) if ref else None, "reference": ref.name if ref else None}
+    return answers, distances
+
+
+def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:
+    """One prompt with every row's response and what it is worth."""
+    responses = {name: {"text": found.texts[index], "score_raw": float(found.raw[index])} for name, found in answers.items()}
+    for name, found in answers.items():
+        responses[name] |= {} if found.true is None else {"true_reward": float(found.true[index])}
+    return {"prompt": prompt, "responses": responses}
+
+
+# ---------------------------------------------------------------- the report's text
+
+
+def report_text(report: dict) -> str:
+    """The report as Markdown."""
+    rows, n = report["rows"], report["prompts"]
+    world = {"true_reward": "true reward", "way_to_best": "way from SFT to best", "well_formed": "well-formed"} if report["world"] else {}
+    worth = {"score_raw": "reward model, raw", "score": "normalised", "wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
+    form = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference", "tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
+    references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
+
+    def table(columns: dict[str, str]) -> str:
+        return markdown_table(["", *columns.values()], [[name, *(cell(numbers.get(key)) for key in columns)] for name, numbers in rows.items()])
+
+    parts = [
+        f"# The models of {report['run']}\n",
+        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}. n = {n} for every number, with 95 %"
+        f" intervals in brackets. Reward model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
+        table(world | worth),
+        f"KL in nats per response, exact over the vocabulary, on samples at temperature 1{f'; references: {references}' if references else ''}."
+        f" Tokens count the end token; ended has one, cut reached {report['max_response']} tokens without.\n",
+        table(form),
+    ]
+    if world:
+        counts = {k: value["n"] for k, value in rows["chosen"]["true_reward_by_kind"].items()}
+        lines = [[f"{k} (n = {count})", *(cell(numbers["true_reward_by_kind"][k]) for numbers in rows.values())] for k, count in counts.items()]
+        parts += ["True reward by kind of prompt:\n", markdown_table(["", *rows], lines)]
+    return "\n".join([*parts, *map(sample_text, report["samples"])])
+
+
+def cell(value: dict | float | None) -> str:
+    """A mean or share with its interval, a bare number, or "-"."""
+    return format_interval(value["mean"], *value["interval"]) if isinstance(value, dict) else format_interval(value)
+
+
+def sample_text(shown: dict) -> str:
+    """One prompt with the responses below it, each with the true reward (where there is one) and the reward model's raw score."""
+    lines = [textwrap.indent(shown["prompt"].strip(), "    "), ""]
+    for name, response in shown["responses"].items():
+        true = f"true reward {response['true_reward']:.2f}, " if "true_reward" in response else ""
+        lines.append(f"- **{name}** ({true}reward model {response['score_raw']:.2f}): " + response["text"].strip().replace("\n", "\n  "))
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- one answer, and the command line
+
+
+def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: EvalFlags) -> str:
+    """One model's answer to one prompt. The limits are those of the run that the folder is part of, else half of the model's context."""
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder}: no such folder; give a model's, such as runs/mpo/ppo")
+    data = folder.resolve().parent / "data"
+    described = read_json(data / MANIFEST)["flags"] if (data / MANIFEST).exists() else {"data": ""}
+    half = read_json(folder / CONFIG)["max_position_embeddings"] // 2
+    limits = described.get("max_prompt", half), described.get("max_response", half)
+    setting = Setting(Tokenizer(folder / "tokenizer.model"), *limits, world, flags)
+    dialogue = described["data"] == "advice" or described["data"].startswith("hh:")
+    if dialogue and not raw and HUMAN not in prompt:
+        prompt = f"{HUMAN} {prompt.strip()}{ASSISTANT}"
+    ids, shortened = encode_prompt(prompt, "dialogue" if dialogue else "plain", setting.tokenizer, setting.max_prompt)
+    if not ids:
+        raise UsageError("--prompt: is empty; give some text")
+    if shortened:
+        print(f"warning: the prompt was shortened to {setting.max_prompt} tokens", file=sys.stderr)
+    question = Question(prompt, "", ids)
+    (text,) = setting.answer(setting.load(folder), [question], "answer", greedy=flags.greedy, temperature=flags.temperature).texts
+    return text.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, does what it says, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_flags(parser, CommandFlags)
+    add_flags(parser, EvalFlags)
+    given = vars(parser.parse_args(arguments))
+    try:
+        check_flags(given)
+        quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
+        command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
+        world = start(DeviceFlags(device=command.device, dtype=command.dtype))
+        if command.run is not None:
+            compare_run(Path(command.run), world, flags)
+        else:
+            print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
+    except Stop as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    finally:
+        stop()
+    return 0
+
+
+def check_flags(given: dict) -> None:
+    """Raises UsageError for flags that do not go together."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("eval.py runs in one process; start it as: python eval.py ... , not by torchrun")
+    if ("run" in given) == ("model" in given):
+        raise UsageError('give either --run DIR, to compare its models, or --model DIR --prompt "...", to have one answer')
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "reward_model", "batch", "quick"})
+    for name in sorted(unread & set(given)):
+        raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
+    if mode == "--model" and "prompt" not in given:
+        raise UsageError('--model: give what it shall answer, too: --prompt "..."')
+    if given.get("greedy") and "temperature" in given:
+        raise UsageError(f"--greedy, --temperature {given['temperature']}: greedy decoding has no temperature; leave one of them out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

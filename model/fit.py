@@ -1,0 +1,142 @@
+"""The one supervised loop: SFT, the reward model and DPO hand it what to minimise.
+
+A step takes its rows in an order that is a function of (seed, stage, epoch), shares them out over processes and micro-batches, and
+divides the summed loss by the count of the whole step, so the result depends on neither. Weights are kept where validation is best.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.batches import share_out, step_indices
+from data.errors import NumericalError
+from data.flags import flag
+from data.run import Metrics
+from model.optim import clipped_step, lr_at, make_optimiser
+from model.parallel import World, gradient_sync
+
+
+@dataclass(frozen=True)
+class FitFlags:
+    lr: float | None = flag(None, "peak learning rate (default: by stage and model size, printed at the start)", positive=True)
+    epochs: float = flag(3.0, "passes over the training rows; parts of one are possible", positive=True)
+    batch_size: int = flag(32, "rows per optimiser step, over all processes", positive=True)
+    micro_batch: int = flag(32, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
+    warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = flag(0.1, "AdamW's decay of matrices")
+    clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
+    validations: int = flag(8, "how often the validation rows are looked at", positive=True)
+    patience: int = flag(2, "stop after so many validations without a better one", positive=True)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loop minimises.
+
+    loss(model, rows) -> (sum of losses over the rows, {metric: sum over the rows}); weight(row): how much a row counts in the
+    denominator of both (tokens for SFT, 1 for a pair).
+    """
+
+    loss: Callable[[nn.Module, Sequence], tuple[Tensor, dict[str, Tensor]]]
+    weight: Callable[[object], int] = lambda row: 1
+
+
+def train_step(model: nn.Module, objective: Objective, rows: Sequence, micro_batch: int, world: World) -> dict[str, float]:
+    """Gradients of the step's mean loss over all rows, processes and micro-batches; returns the mean loss and metrics."""
+    count = sum(objective.weight(row) for row in rows)
+    sums: dict[str, float] = {}
+    micro_batches = share_out(rows, world.rank, world.size, micro_batch)
+    for index, part in enumerate(micro_batches):
+        with gradient_sync(model, last=index + 1 == len(micro_batches)), world.autocast():
+            total, metrics = objective.loss(model, part or rows[:1])
+        with gradient_sync(model, last=index + 1 == len(micro_batches)):
+            (total * (world.size / count if part else 0.0)).backward()
+        add_up(sums, {"loss": total.detach(), **metrics}, bool(part))
+    return mean_over_ranks(sums, count, world)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, objective: Objective, rows: Sequence, micro_batch: int, world: World) -> dict[str, float]:
+    """Mean loss and metrics over rows, each counted once whatever the number of processes."""
+    model.eval()
+    sums: dict[str, float] = {}
+    for part in share_out(rows, world.rank, world.size, micro_batch):
+        with world.autocast():
+            total, metrics = objective.loss(model, part or rows[:1])
+        add_up(sums, {"loss": total, **metrics}, bool(part))
+    return mean_over_ranks(sums, sum(objective.weight(row) for row in rows), world)
+
+
+def add_up(sums: dict[str, float], values: dict[str, Tensor], counts: bool) -> None:
+    """Adds values to sums; those of a stand-in for an empty micro-batch enter their names alone."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
+
+
+def mean_over_ranks(sums: dict[str, float], count: int, world: World) -> dict[str, float]:
+    """Sums of this process -> means over all processes."""
+    totals = world.total(list(sums.values()))
+    return {name: float(total) / count for name, total in zip(sums, totals, strict=True)}
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    rows: Sequence,
+    validation: Sequence,
+    flags: FitFlags,
+    *,
+    stage: str,
+    seed: int,
+    world: World,
+    metrics: Metrics,
+    keep: Callable[[], None],
+    at_first: Callable[[dict], None] = lambda numbers: None,
+    at_validation: Callable[[dict], bool] = lambda numbers: False,
+) -> dict[str, float]:
+    """Trains `model` and calls keep() whenever the validation loss is the best so far; the model as it came in counts as step -1.
+
+    at_first(numbers) sees the first step's metrics before any weight moves; at_validation(numbers) may add to a validation's numbers and
+    ends training by returning True, before keep(). Returns the best validation's numbers with its step. Raises NumericalError as soon as
+    a loss or gradient is not finite.
+    """
+    optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
+    steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
+    every = max(1, len(steps) // flags.validations)
+    best = {**evaluate(model, objective, validation, flags.micro_batch, world), "step": -1}
+    at_validation(best)
+    keep()
+    since_best = 0
+    bar = tqdm(steps, desc=stage, disable=not world.is_main, mininterval=1.0)
+    began = time.perf_counter()
+    for step, indices in enumerate(bar):
+        model.train()
+        where = f"{stage}, step {step}"
+        numbers = train_step(model, objective, [rows[i] for i in indices], flags.micro_batch, world)
+        if not all(map(math.isfinite, numbers.values())):
+            ids = ", ".join(str(rows[i].id) for i in indices[:5])
+            raise NumericalError(f"{where}: {numbers} is not finite; the weights are as they were; rows {ids}, ...")
+        if step == 0:
+            at_first(numbers)
+        lr = lr_at(step, len(steps), flags.lr, flags.warmup)
+        norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, time=time.perf_counter() - began)
+        bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == len(steps):
+            checked = evaluate(model, objective, validation, flags.micro_batch, world)
+            stop = at_validation(checked)
+            metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            if stop:
+                break
+            since_best += 1
+            if checked["loss"] < best["loss"]:
+                best, since_best = {**checked, "step": step}, 0
+                keep()
+            if since_best >= flags.patience:
+                break
+    return best

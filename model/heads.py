@@ -1,0 +1,116 @@
+"""What stands on the trunk: a language model, a scalar model (reward model or critic), and PPO's policy with its critic.
+
+All computing goes through `forward`, because DDP and FSDP2 hang their communication on it. Log-probabilities are computed from the
+hidden states of response tokens alone, in chunks whose logits are recomputed in the backward pass: the (B, T, V) tensor, the largest
+one of a language model's training step, never exists.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from losses.logprobs import entropy, token_logps
+from model.cache import Cache
+from model.transformer import ModelConfig, Transformer
+
+CHUNK = 4096  # response tokens whose logits exist at a time
+
+
+class TokenScores(NamedTuple):
+    """What a policy says of given tokens. Column t of `logp` and `entropy` (B, T-1) is about token t+1, 0 off the mask; entropy, a
+    metric without gradient, only where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t."""
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+
+
+class LanguageModel(nn.Module):
+    """A trunk and the projection to the vocabulary."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Transformer(config)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.trunk.embedding.weight
+
+    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, *, temperature: float = 1.0, cache: Cache | None = None):
+        """Three uses, one entrance.
+
+        tokens (B, T) alone: logits (B, T, V).
+        With response_mask (B, T) bool: `TokenScores` of the masked tokens, all of them at one `temperature`.
+        With a cache: logits (B, V) for the token that follows each row's last real one.
+        """
+        hidden = self.trunk(tokens, cache)
+        if cache is not None:
+            cache.advance()
+            last = cache.lengths - 1 if hidden.shape[1] > 1 else torch.zeros_like(cache.lengths)
+            return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        if response_mask is None:
+            return self.lm_head(hidden)
+        return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature)
+
+
+def score_tokens(
+    hidden: Tensor, tokens: Tensor, response_mask: Tensor, lm_head: nn.Module, temperature: float, *, with_entropy: bool = False
+) -> TokenScores:
+    """Log-probability, and entropy where asked for, (B, T-1) of the masked tokens, from hidden states (B, T, D) and ids (B, T)."""
+    mask = response_mask[:, 1:]
+    states, targets = hidden[:, :-1][mask], tokens[:, 1:][mask]
+
+    def chunk_scores(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = lm_head(states)
+        spread = entropy(logits.detach(), temperature) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
+        return token_logps(logits, targets, temperature), spread
+
+    if len(states) <= CHUNK:
+        parts = [chunk_scores(states, targets)]
+    else:
+        pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        parts = [checkpoint(chunk_scores, *piece, use_reentrant=False) for piece in pieces]
+    logp, spread = (torch.cat(column) for column in zip(*parts, strict=True))
+    zeros = logp.new_zeros(mask.shape)
+    return TokenScores(zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, spread) if with_entropy else None)
+
+
+class ScalarModel(nn.Module):
+    """A trunk and one number per token: the reward model reads the last real token's, a critic reads them all."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Transformer(config)
+        self.score = nn.Linear(config.width, 1, bias=False)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> one number per token (B, T), or with lengths (B,) the one at each row's last real token (B,); float32."""
+        hidden = self.trunk(tokens)
+        if lengths is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        return self.score(hidden).squeeze(-1).float()
+
+
+class PolicyWithCritic(nn.Module):
+    """PPO's trainable whole: a language model and its critic, which is a value head on the same trunk or a scalar model of its own."""
+
+    def __init__(self, policy: LanguageModel, critic: ScalarModel | None):
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.value_head = None
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.width, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, *, temperature: float = 1.0, cache: Cache | None = None):
+        """tokens and response_mask (B, T) -> `TokenScores` with values; with a cache it decodes as the policy alone does."""
+        if cache is not None:
+            return self.policy(tokens, cache=cache)
+        hidden = self.policy.trunk(tokens)
+        scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=True)
+        values = self.value_head(hidden).squeeze(-1).float() if self.critic is None else self.critic(tokens)
+        return scores._replace(values=values)

@@ -1,0 +1,44 @@
+"""AdamW, the learning rate's course, and the clipped step that refuses to be taken on numbers that are not finite."""
+
+import math
+
+import torch
+from torch import nn
+
+from data.errors import NumericalError
+from model.parallel import whole
+
+
+def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95), eps 1e-8, decay on matrices alone; one fused kernel per step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def lr_at(step: int, total: int, peak: float, warmup: float, final: float = 0.1) -> float:
+    """Linear warm-up over the first `warmup` share of `total` steps, then a cosine down to `final` times the peak. step counts from 0."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return peak * (step + 1) / rise
+    progress = (step - rise) / max(1, total - rise)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, clip: float, where: str) -> float:
+    """Clips the global gradient norm, steps, clears gradients; returns the norm before clipping.
+
+    Raises NumericalError, weights untouched, when the norm is not finite; `where` names stage and step.
+    """
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+    if not math.isfinite(norm):
+        broken = [name for name, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(whole(p.grad)).all())]
+        raise NumericalError(f"{where}: the gradient is not finite in {', '.join(broken[:3]) or 'its norm'}; try a smaller learning rate")
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,124 @@
+"""One process or many: start-up under torchrun, DDP or FSDP2 around a model, and sums over processes.
+
+`torchrun --nproc_per_node N train.py ...` sets RANK and WORLD_SIZE; without them there is one process and nothing here communicates.
+Losses are divided by counts of the whole optimiser step before `backward`. DDP and FSDP2 average gradients over processes, so a loss is
+multiplied by their number first: the sum over processes comes out.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from data.errors import UsageError
+from data.flags import flag
+from model.transformer import Layer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
+    parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    parallel: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values) -> np.ndarray:
+        """Element-wise sum over processes of a flat list or array of numbers, in float64."""
+        values = np.asarray(values, dtype=np.float64)
+        if self.size == 1:
+            return values
+        tensor = torch.from_numpy(values.copy()).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def any(self, statement: bool) -> bool:
+        """Whether the statement holds on some process."""
+        return bool(self.total([statement])[0])
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """Matrix products in bf16 where asked for; fp32 weights stay as they are."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def start(flags: DeviceFlags) -> World:
+    """Joins the process group that torchrun announces, if any; raises UsageError where the device is not there."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible; use --device cpu")
+    if flags.parallel == "fsdp" and size == 1 and "RANK" not in os.environ:
+        raise UsageError("--parallel fsdp: needs torchrun, as in: torchrun --nproc_per_node 2 train.py ...")
+    kind = "cuda" if flags.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Module:
+    """The model on this process's device, under DDP or FSDP2 where torchrun started us. A frozen one takes no gradients."""
+    model = model.to(world.device).requires_grad_(not frozen)
+    if not dist.is_initialized() or (frozen and world.parallel == "ddp"):
+        return model
+    if world.parallel == "ddp":
+        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    precision = MixedPrecisionPolicy(param_dtype=world.dtype if world.dtype != torch.float32 else None)
+    for layer in [module for module in model.modules() if isinstance(module, Layer)]:
+        fully_shard(layer, mp_policy=precision)
+    return fully_shard(model, mp_policy=precision)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DDP's wrapper. FSDP2 has no wrapper, so its models stay as they are."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, last: bool):
+    """Gradients travel between processes only in the last micro-batch of a step."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (a collective call), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,169 @@
+"""The decoder: LLaMA's architecture in plain PyTorch, and the sizes it comes in.
+
+RMSNorm before each block, rotary positions, grouped-query attention, a SwiGLU feed-forward, no biases, no dropout. Rows are padded on
+the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. With a
+`Cache` (model/cache.py) the same code prefills prompts and decodes one token per row. Query, key and value share one matrix, as do the
+feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits them into Hugging Face's names on disk.
+
+Letters: B rows, T length, D width, L layers, H query heads, K key-value heads, E head size, F feed-forward width, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.errors import UsageError
+from model.cache import Cache
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the network's shape and function."""
+
+    vocab_size: int = 1024
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    feed_forward: int = 352
+    context: int = 512
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    tied: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
+            raise UsageError(
+                f"width {self.width}, {self.heads} heads and {self.kv_heads} key-value heads do not fit: width must be a multiple of"
+                " the heads with an even head size, and the heads a multiple of the key-value heads"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+
+SIZES = {
+    "tiny": ModelConfig(),  # about 1M parameters: minutes on two CPU cores
+    "mini": ModelConfig(width=256, layers=6, heads=8, kv_heads=8, feed_forward=704),  # 5M
+    "small": ModelConfig(vocab_size=8192, width=512, layers=8, heads=8, kv_heads=8, feed_forward=1408, context=1024),  # 34M
+    "base": ModelConfig(vocab_size=32_000, width=768, layers=12, heads=12, kv_heads=12, feed_forward=2048, context=2048),  # 134M
+    "1b": ModelConfig(vocab_size=32_000, width=2048, layers=22, heads=32, kv_heads=4, feed_forward=5632, context=2048),
+    "7b": ModelConfig(vocab_size=32_000, width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11_008, context=4096),
+}
+
+
+def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (*positions.shape, E) of the rotary embedding [Su et al. 2021, eq. 15], in Hugging Face's half-split order."""
+    exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
+    angles = positions.float()[..., None] * config.rope_base**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i+E/2}) of x (B, H, T, E) by its position's angle; cos and sin broadcast against x."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_size, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int) -> Tensor:
+        """x (B, T, D) -> (B, T, D). A cache that holds tokens already means decoding: T is 1 and each row attends to what it holds."""
+        heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
+        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        mask = None
+        if cache is not None:
+            key, value, mask = cache.update(layer, key, value)
+        grouped = heads != kv_heads
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU [Shazeer 2020]: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.feed_forward, bias=False)
+        self.down = nn.Linear(config.feed_forward, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, layer)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """The trunk that every model here stands on: token ids in, hidden states out. heads.py puts something on top."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # trades a second forward for the memory of the activations; set by --checkpoint-activations
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands."""
+        start = 0 if cache is None else cache.lengths[:, None]
+        positions = start + torch.arange(tokens.shape[1], device=tokens.device)  # (T,) or (B, T)
+        cos, sin = rotary(positions, self.config)
+        if cache is not None:
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, E): one set of angles for all heads
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if self.checkpoint_activations and self.training and cache is None:
+                x = checkpoint(layer, x, (cos, sin), None, index, use_reentrant=False)
+            else:
+                x = layer(x, (cos, sin), cache, index)
+        return self.norm(x)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """GPT-2's scheme from a generator of its own: N(0, 0.02), the two matrices that write to the residual stream smaller by sqrt(2 L)."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = len(next(m for m in model.modules() if isinstance(m, Transformer)).layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(1.0)
+            continue
+        residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+        std = 0.02 / (2 * depth) ** 0.5 if residual else 0.02
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def sized(size: str, vocab_size: int, context: int | None = None) -> ModelConfig:
+    """The named size with the tokenizer's vocabulary; raises UsageError on an unknown name."""
+    if size not in SIZES:
+        raise UsageError(f"--size {size}: unknown; the sizes are {', '.join(SIZES)}")
+    return replace(SIZES[size], vocab_size=vocab_size, context=context or SIZES[size].context)

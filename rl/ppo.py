@@ -1,0 +1,293 @@
+"""Proximal policy optimisation on prompts: sample, score, estimate advantages, update; and again.
+
+One iteration, in the order of `train_ppo`:
+  1. responses of the current policy with everything known about them (rollout.py)
+  2. per-token rewards: score at the end, KL cost on the way (rewards.py)
+  3. advantages and returns (gae.py), whitened with the moments of the whole batch
+  4. a few passes of minibatches: clipped policy loss, clipped value loss (losses/ppo.py), KL in the loss where chosen
+  5. the KL coefficient's next value; every so often a look at validation prompts
+
+In Mixed Preference Optimization policy and reference both start as the DPO model and the prompts are those of the difficult pairs; which
+models and prompts come in is train.py's business. Source: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.batches import full_steps, step_indices
+from data.errors import NumericalError, UsageError
+from data.flags import flag
+from data.run import Metrics
+from losses.kl import check_kl_placement, k2, k3
+from losses.masked import masked_moments, masked_sum, merge_moments
+from losses.ppo import policy_loss, value_loss
+from model.optim import clipped_step, lr_at, make_optimiser
+from model.parallel import World, gradient_sync
+from rl.gae import gae, whiten
+from rl.rewards import next_kl_coef, token_rewards
+from rl.rollout import Rollout, Sampling, roll_out
+
+
+@dataclass(frozen=True)
+class PpoFlags:
+    lr: float | None = flag(None, "peak learning rate (default: by model size, printed at the start)", positive=True)
+    iterations: int = flag(60, "rounds of sampling and updating", positive=True)
+    prompts_per_iteration: int = flag(128, "responses sampled per round, over all processes", positive=True)
+    passes: int = flag(2, "passes over each round's responses", positive=True)
+    minibatch: int = flag(64, "responses per optimiser step, over all processes", positive=True)
+    micro_batch: int = flag(64, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
+    temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
+    kl_coef: float = flag(0.05, "cost of one nat of KL to the reference, in units of score")
+    kl_target: float | None = flag(None, "adapt the coefficient towards this KL per sequence (default: coefficient stays)", positive=True)
+    kl_horizon: float = flag(10_000.0, "responses over which the adaptive coefficient moves", positive=True)
+    kl_estimator: str = flag("k1", "k1, k2 or forward_k3 (follows the forward KL)", choices=("k1", "k2", "k3", "forward_k3"))
+    kl_placement: str = flag("reward", "where the KL stands", choices=("reward", "loss"))
+    end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score")
+    ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
+    value_clip: float | None = flag(0.2, "values move at most so far from the old ones in one round", positive=True)
+    value_coef: float = flag(0.5, "weight of the value loss")
+    critic: str = flag("trunk", "value head on the policy's trunk, or a model of its own from the reward model", choices=("trunk", "separate"))
+    discount: float = flag(1.0, "of later rewards", positive=True)
+    gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
+    bootstrap: bool = flag(False, "a response cut at the length limit keeps the value of going on")
+    target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
+    warmup: float = flag(0.05, "share of the rounds in which the learning rate rises")
+    weight_decay: float = flag(0.0, "AdamW's decay of matrices")
+    clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
+    validations: int = flag(6, "how often the validation prompts are answered", positive=True)
+
+
+def check_ppo_flags(flags: PpoFlags) -> None:
+    """Raises UsageError on combinations that cannot mean what they say."""
+    try:
+        check_kl_placement(flags.kl_estimator, flags.kl_placement)
+    except ValueError as error:
+        raise UsageError(f"--kl-estimator, --kl-placement: {error}") from error
+    if not 0 <= flags.gae_lambda <= 1 or flags.discount > 1:
+        raise UsageError(f"--gae-lambda {flags.gae_lambda}, --discount {flags.discount}: both must lie within 0 and 1")
+    if flags.kl_coef < 0:
+        raise UsageError(f"--kl-coef {flags.kl_coef}: negative, which would reward leaving the reference")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout with what the update learns from it; all (B, T-1)."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor
+
+
+def make_batch(rollout: Rollout, kl_coef: float, flags: PpoFlags, world: World) -> Batch:
+    """Rewards, advantages and returns of a rollout; advantages whitened over all processes."""
+    in_reward = kl_coef if flags.kl_placement == "reward" else 0.0
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.mask, in_reward)
+    bootstrap = ~rollout.ended if flags.bootstrap else torch.zeros_like(rollout.ended)
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, bootstrap, flags.discount, flags.gae_lambda)
+    return Batch(rollout, whiten(advantages, rollout.mask, moments_over_ranks(advantages, rollout.mask, world)), returns)
+
+
+def moments_over_ranks(x: Tensor, mask: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance over the masked entries of all processes."""
+    mine = np.zeros((world.size, 3))
+    mine[world.rank] = [float(moment) for moment in masked_moments(x, mask)]
+    everyone = torch.from_numpy(world.total(mine)).float().to(x.device)
+    return merge_moments(everyone[:, 0], everyone[:, 1], everyone[:, 2])
+
+
+def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float, flags: PpoFlags) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss over the response tokens of some rows (n,), and summed metrics."""
+    rollout = batch.rollout
+    mask = rollout.mask[rows]
+    scored = model(rollout.tokens[rows], rollout.response_mask[rows], temperature=flags.temperature)
+    old_logp = rollout.logp[rows]
+    policy_losses, stats = policy_loss(scored.logp, old_logp, batch.advantages[rows], mask, flags.ratio_clip)
+    value_losses = value_loss(scored.values[:, :-1], rollout.values[rows, :-1], batch.returns[rows], mask, flags.value_clip)
+    total = masked_sum(policy_losses, mask).sum() + flags.value_coef * masked_sum(value_losses, mask).sum()
+    if flags.kl_placement == "loss":
+        penalty = k2 if flags.kl_estimator == "k2" else k3
+        total = total + kl_coef * penalty(scored.logp, rollout.ref_logp[rows], mask).sum()
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": policy_losses.sum(),
+            "value_loss": value_losses.sum(),
+            "clip_share": stats.clipped.sum(),
+            "overflow": stats.overflow.sum(),
+            "kl_old_tok": k3(old_logp, scored.logp, mask).sum(),
+            "entropy": masked_sum(scored.entropy, mask).sum(),
+        }
+        largest = torch.where(mask, (scored.logp - old_logp).abs(), 0.0).max()
+    return total, metrics | {"largest_log_ratio": largest}
+
+
+def update(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    lengths: np.ndarray,
+    iteration: int,
+    lr: float,
+    kl_coef: float,
+    flags: PpoFlags,
+    seed: int,
+    world: World,
+) -> dict[str, float]:
+    """All passes over one batch. lengths (N,): response tokens of every row of every process; row i lives on process i % size.
+
+    Raises NumericalError when the very first ratio is not 1, or a number is not finite; weights are then as before that step.
+    """
+    sums: dict[str, float] = {}
+    tokens_seen = 0
+    order = step_indices(len(lengths), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
+    for index, chosen in enumerate(order):
+        model.train()
+        mine = torch.from_numpy(chosen[chosen % world.size == world.rank] // world.size).to(batch.returns.device)
+        most = max(int((chosen % world.size == rank).sum()) for rank in range(world.size))
+        rounds = -(-most // flags.micro_batch)
+        count = int(lengths[chosen].sum())
+        numbers: dict[str, float] = {}
+        for turn in range(rounds):
+            rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
+            counts = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
+            with gradient_sync(model, last=turn + 1 == rounds):
+                with world.autocast():
+                    total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
+                (total * (world.size / count if counts else 0.0)).backward()
+            for name, value in metrics.items():
+                numbers[name] = numbers.get(name, 0.0) + (float(value) if counts else 0.0)
+        largest = numbers.pop("largest_log_ratio")
+        totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
+        where = f"ppo, iteration {iteration}, update {index}"
+        if not all(map(math.isfinite, totals.values())):
+            raise NumericalError(f"{where}: {totals} is not finite; the weights are as they were before this update")
+        if index == 0:
+            check_first_ratio(world, largest, where)
+        norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        totals["grad_norm"] = norm * count
+        for name, value in totals.items():
+            sums[name] = sums.get(name, 0.0) + value
+        tokens_seen += count
+        if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
+            break
+    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": index + 1}
+
+
+def check_first_ratio(world: World, largest: float, where: str) -> None:
+    """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio."""
+    bound = 2e-2 * 10 if world.dtype == torch.bfloat16 else 1e-4
+    if world.any(largest > bound):
+        raise NumericalError(
+            f"{where}: the first ratio is not 1: a log ratio of {largest:.2e} (bound {bound}); old log-probabilities and update do not"
+            " see the same model, tokens or temperature"
+        )
+
+
+def summary(rollout: Rollout, world: World) -> dict[str, float]:
+    """Means over the responses of all processes."""
+    mask = rollout.mask
+    rows, tokens = len(mask), float(mask.sum())
+    columns = {
+        "score": rollout.scores.sum(),
+        "raw_score": rollout.raw_scores.sum(),
+        "kl_ref_seq": rollout.kl.sum(),
+        "ended": rollout.ended.float().sum(),
+        "length": mask.sum(),
+        "empty": ((mask.sum(dim=1) <= 1) & rollout.ended).float().sum(),
+    }
+    totals = world.total([rows, tokens, *(float(value) for value in columns.values())])
+    out = {name: float(total) / totals[0] for name, total in zip(columns, totals[2:], strict=True)}
+    return out | {"kl_ref_tok": float(totals[4]) / totals[1]}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world: World) -> float:
+    """1 - var(returns - values) / var(returns) over response tokens: 1 is a perfect critic, 0 one that knows only the mean."""
+    residual, total = (float(moments_over_ranks(x, mask, world)[2]) for x in (returns - values, returns))
+    return 1 - residual / total if total > 0 else 0.0
+
+
+def train_ppo(
+    model: nn.Module,
+    ref: nn.Module,
+    reward_model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    flags: PpoFlags,
+    sampling: Sampling,
+    *,
+    same_start: bool,
+    seed: int,
+    world: World,
+    metrics: Metrics,
+    validate: Callable[[], dict[str, float]],
+    keep: Callable[[], None],
+) -> dict[str, float]:
+    """Trains a PolicyWithCritic on prompts (lists of ids) and calls keep() whenever validation's "objective" is the best so far; the
+    model as it came in counts as step -1.
+
+    same_start: policy and reference have the same weights, so the first KL must be 0. validate() -> numbers with "objective", on
+    prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails.
+    """
+    optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
+    kl_coef, best, warned, began = flags.kl_coef, {**validate(), "step": -1}, False, time.perf_counter()
+    keep()
+    steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
+    every = max(1, len(steps) // flags.validations)
+    bar = tqdm(steps, desc="ppo", disable=not world.is_main, mininterval=1.0)
+    for iteration, chosen in enumerate(bar):
+        keys = np.arange(len(chosen))[world.rank :: world.size]
+        # 1. responses
+        rollout, seconds = roll_out(
+            model, ref, reward_model, [prompts[chosen[k]] for k in keys], [int(k) for k in keys],
+            seed=seed, step=iteration, sampling=sampling, micro_batch=flags.micro_batch, world=world,
+        )  # fmt: skip
+        numbers = summary(rollout, world)
+        if not all(map(math.isfinite, numbers.values())):
+            raise NumericalError(f"ppo, iteration {iteration}: {numbers} is not finite; the weights are as they were")
+        if iteration == 0 and same_start and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
+            raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
+        warned = warned or warn_of_collapse(numbers, world)
+        # 2. and 3. rewards and advantages
+        batch = make_batch(rollout, kl_coef, flags, world)
+        numbers["explained_variance"] = explained_variance(rollout.values[:, :-1], batch.returns, rollout.mask, world)
+        # 4. the update
+        start = time.perf_counter()
+        lengths = np.zeros(len(chosen))
+        lengths[keys] = rollout.mask.sum(dim=1).cpu().numpy()
+        lr = lr_at(iteration, len(steps), flags.lr, flags.warmup)
+        numbers |= update(
+            model, optimiser, batch,
+            lengths=world.total(lengths), iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=seed, world=world,
+        )  # fmt: skip
+        seconds["update"] = time.perf_counter() - start
+        # 5. the coefficient, the log, validation
+        seconds["total"] = time.perf_counter() - began
+        metrics.log(step=iteration, **numbers, kl_coef=kl_coef, lr=lr, time=seconds)
+        kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(chosen))
+        bar.set_postfix(score=f"{numbers['score']:.2f}", kl=f"{numbers['kl_ref_seq']:.2f}", refresh=False)
+        if (iteration + 1) % every == 0 or iteration + 1 == len(steps):
+            checked = validate()
+            metrics.log(step=iteration, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            if checked["objective"] > best["objective"]:
+                best = {**checked, "step": iteration}
+                keep()
+    return best
+
+
+def warn_of_collapse(numbers: dict[str, float], world: World) -> bool:
+    """Says, once, what to look at when all responses are empty or none ends."""
+    if numbers["empty"] == 1:
+        word = "collapsed: 100 % of the responses are empty; look at the reward model's scores of empty text, and at kl_ref_seq"
+    elif numbers["ended"] == 0:
+        word = "eos_rate=0: no response ended; was the end token learnt in SFT (is `ended` of the SFT model near 1)? is --max-response too short?"
+    else:
+        return False
+    if world.is_main:
+        tqdm.write(f"warning: ppo: {word}")
+    return True

@@ -1,0 +1,22 @@
+"""What all tests share: the repository on the import path, and the way to the real data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+
+def real_data() -> Path:
+    """The folder with the real data files; skips the test where MPO_TEST_DATA does not name it, but fails it in CI."""
+    folder = os.environ.get("MPO_TEST_DATA")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    reason = "set MPO_TEST_DATA to the folder that holds hh-rlhf/ and tldr/"
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)

@@ -1,0 +1,191 @@
+"""The trunk against transformers' LLaMA, and what right padding and the causal mask promise."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from small import BOS, CONFIG, EOS, PAD, SPECIAL, loud, ragged_rows
+
+from data.errors import UsageError
+from model.checkpoint import load_model, save_model
+from model.heads import LanguageModel, ScalarModel
+from model.score import row_lengths, to_tensors
+from model.transformer import SIZES, ModelConfig, Transformer, initialise, sized
+
+CONFIGS = {
+    "4 heads, 4 key-value heads": replace(CONFIG, kv_heads=4),
+    "4 heads, 2 key-value heads, tied": replace(CONFIG, tied=True),
+    "4 heads, 1 key-value head": replace(CONFIG, kv_heads=1),
+    "odd sizes": ModelConfig(97, width=42, layers=3, heads=7, kv_heads=7, feed_forward=53, context=80, rope_base=500.0, norm_epsilon=1e-3),
+}
+
+
+def random_tokens(config, rows=3, length=19, seed=0):
+    return torch.randint(4, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_equal_those_of_transformers_on_the_saved_folder(config, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours = loud(LanguageModel, config).eval()
+    save_model(ours, tmp_path, special_ids=SPECIAL, is_main=True)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id) == (BOS, EOS, PAD)
+    tokens = random_tokens(config)
+    with torch.no_grad():
+        expected, found = theirs(tokens).logits, ours(tokens)
+    assert expected.std() > 0.5
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_folder_written_by_transformers_loads_with_the_same_logits(config, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.feed_forward, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, max_position_embeddings=config.context,
+            rms_norm_eps=config.norm_epsilon, rope_theta=config.rope_base, tie_word_embeddings=config.tied, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    ours, tokens = load_model(tmp_path, LanguageModel).eval(), random_tokens(config)
+    assert ours.config.tied == config.tied
+    with torch.no_grad():
+        expected, found = theirs(tokens).logits, ours(tokens)
+    assert expected.std() > 0.5
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_raw_scores_equal_those_of_transformers_on_a_padded_batch(config, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    ours = loud(ScalarModel, config).eval()
+    save_model(ours, tmp_path, special_ids=SPECIAL, is_main=True)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    rows = ragged_rows(9, vocab=config.vocab_size)  # some end in EOS, some do not
+    tokens, _ = to_tensors(rows, PAD, torch.device("cpu"))
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=(tokens != PAD).long()).logits[:, 0]
+        found = ours(tokens, row_lengths(rows, torch.device("cpu")))
+    assert expected.std() > 0.3
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@torch.no_grad()
+def test_padding_and_batch_mates_do_not_change_a_real_token(config):
+    model, tokens = loud(LanguageModel, config).eval(), random_tokens(config, rows=1, length=11)
+    alone = model(tokens)[0]
+    for pad in (PAD, EOS):
+        padded = torch.cat([tokens, torch.full((1, 7), pad)], dim=1)
+        mates = torch.cat([padded, random_tokens(config, rows=3, length=18, seed=1)])
+        assert (model(padded)[0, :11] - alone).abs().max() < 1e-5
+        assert (model(mates)[0, :11] - alone).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_later_token_changes_only_what_comes_after_it():
+    model, tokens = loud(LanguageModel).eval(), random_tokens(CONFIG, rows=1)
+    changed = tokens.clone()
+    changed[0, 10] = (tokens[0, 10] + 1) % CONFIG.vocab_size
+    difference = (model(changed) - model(tokens))[0].abs().amax(dim=-1)
+    assert (difference[:10] == 0).all()
+    assert (difference[10:] > 1e-3).all()
+
+
+def test_a_row_with_one_real_token_gives_finite_numbers_and_gradients():
+    model = loud(LanguageModel)
+    tokens = torch.full((2, 20), PAD)
+    tokens[0, 0] = BOS
+    logits = model(tokens)
+    logits.square().mean().backward()
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        model = loud(LanguageModel).train()
+        model.trunk.checkpoint_activations = recompute
+        model(random_tokens(CONFIG)).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+# ---- initialisation
+
+
+def test_initialise_draws_gpt2s_statistics():
+    config = replace(SIZES["tiny"], layers=8)
+    model = LanguageModel(config)
+    initialise(model, seed=1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert (parameter == 1).all(), name
+            continue
+        residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+        std = 0.02 / 4 if residual else 0.02  # sqrt(2 * 8 layers) = 4
+        assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+        assert abs(parameter.mean().item()) < 0.0005, name
+    tokens = random_tokens(config, rows=8, length=64)
+    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(6.9315, rel=0.01)  # ln 1024
+
+
+def test_initialise_depends_on_its_seed_alone_and_leaves_the_global_generator():
+    models = [LanguageModel(CONFIG) for _ in range(3)]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        torch.manual_seed(len(models) + seed)
+        before = torch.get_rng_state()
+        initialise(model, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+    same, again, other = (torch.cat([parameter.flatten() for parameter in model.parameters()]) for model in models)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
+def test_imports_leave_every_global_generator_alone():
+    code = """
+import random, numpy, torch
+states = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist())
+before = states()
+import model.checkpoint, model.fit, model.generate, model.objectives, model.score
+assert states() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- configurations
+
+
+@pytest.mark.parametrize("fields", [{"width": 30}, {"kv_heads": 3}, {"width": 36}], ids=str)  # 36 / 4 = 9: an odd head size
+def test_sizes_that_do_not_fit_are_refused(fields):
+    with pytest.raises(UsageError, match="do not fit"):
+        replace(CONFIG, **fields)
+
+
+def test_sized_takes_the_vocabulary_of_the_tokenizer():
+    config = sized("mini", 777, context=96)
+    assert (config.vocab_size, config.context, config.width, config.layers) == (777, 96, 256, 6)
+    with pytest.raises(UsageError, match=r"--size huge: .*tiny, mini, small"):
+        sized("huge", 777)
+
+
+def test_named_sizes_have_the_parameters_that_their_names_say():
+    counts = {}
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            counts[name] = sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+    expected = {"tiny": 1.07e6, "mini": 5.3e6, "small": 34e6, "base": 134e6, "1b": 1.1e9, "7b": 6.74e9}
+    assert counts == pytest.approx(expected, rel=0.03)
+    assert isinstance(LanguageModel(CONFIG).trunk, Transformer)

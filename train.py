@@ -1,0 +1,467 @@
+"""Mixed Preference Optimization, stage by stage or in one go: which stage, from which checkpoint, with which numbers.
+
+    python train.py --stage mpo                       everything on the built-in world `advice`: minutes on two CPU cores
+    python train.py --stage dpo --out runs/a --lr 1e-5      one stage of a run whose earlier stages are there
+    torchrun --nproc_per_node 8 train.py --stage ppo ...    any stage on several GPUs
+
+    stage      reads                          writes
+    tokenizer  DIR/data                       DIR/tokenizer    (DIR/data is made from --data by whichever stage comes first)
+    sft        tokenizer                      DIR/sft          next-token loss on the chosen responses
+    rm         sft                            DIR/rm           Bradley-Terry reward model, fold models, the score of every training pair
+    split      rm's scores                    DIR/split        easy and difficult pairs by reward gap
+    dpo        sft, split                     DIR/dpo          DPO on the easy pairs, reference = SFT
+    ppo        dpo, rm, split                 DIR/ppo          PPO on the difficult prompts, start and reference = DPO: the MPO model
+    mpo        all of these in order, then the comparison that eval.py makes
+
+In a chain a stage's flag takes the stage's name: --dpo-lr. `--stage X --help` lists what X reads. data/errors.py lists exit codes.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.batches import PairRow, encode_prompt, stable_hash
+from data.errors import CheckpointError, DataError, Stop, UsageError
+from data.examples import read_prompts
+from data.files import atomic_write, digest, read_json
+from data.flags import add_flags, flag, take_flags
+from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
+from data.report import format_interval, reward_model_report
+from data.run import Metrics, as_flags
+from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
+from data.tokenizer import Tokenizer, train_tokenizer
+from eval import EvalFlags, compare_run
+from losses.dpo import PREFERENCE_LOSSES, Pairs, loss_flags
+from model.fit import FitFlags, fit
+from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
+from model.objectives import both_halves, preference_objective, reward_objective, sft_objective
+from model.parallel import DeviceFlags, bare, distribute, start, stop
+from model.score import cached_logps, reward_scores, sequence_logps
+from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
+from model.transformer import SIZES, initialise, sized
+from model.watch import check_first_preference_step, has_left_reference, sampled_kl
+from rl.ppo import PpoFlags, check_ppo_flags, summary, train_ppo
+from rl.rollout import Sampling, roll_out
+
+CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
+
+
+@dataclass(frozen=True)
+class TokenizerFlags:
+    vocab_size: int = flag(1024, "pieces of the tokenizer", positive=True)
+    file: str | None = flag(None, "use this sentencepiece model; nothing is trained")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    size: str = flag("tiny", "of a model from scratch", choices=tuple(SIZES))
+    init: str | None = flag(None, "folder of a model to start from, in place of one from scratch")
+
+
+@dataclass(frozen=True)
+class SftFlags(FitFlags):
+    epochs: float = flag(10.0, "passes over the training rows; parts of one are possible", positive=True)
+    include_prompt: bool = flag(False, "learn the prompt's tokens too")
+
+
+@dataclass(frozen=True)
+class RmFlags(FitFlags):
+    epochs: float = flag(2.0, "passes over the training pairs; parts of one are possible", positive=True)
+    folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
+    init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
+
+
+@dataclass(frozen=True)
+class DpoFlags(FitFlags):
+    epochs: float = flag(2.0, "passes over the training pairs; parts of one are possible", positive=True)
+    part: str = flag("easy", "pairs to train on", choices=("easy", "difficult", "all"))
+    loss: str = flag("dpo", "of losses/dpo.py", choices=tuple(PREFERENCE_LOSSES))
+    init: str | None = flag(None, "start from this folder (default: DIR/sft)")
+    ref: str | None = flag(None, "reference (default: DIR/sft, whatever --init is)")
+    max_kl: float = flag(10.0, "stop when the KL to the reference passes this, in nats per sampled response", positive=True)
+    max_fall: float = flag(20.0, "stop when validation's chosen responses have lost so many nats of log-probability", positive=True)
+
+
+@dataclass(frozen=True)
+class PpoStageFlags(PpoFlags):
+    part: str = flag("difficult", "pairs whose prompts are trained on", choices=("easy", "difficult", "all"))
+    prompts: str | None = flag(None, "train on the prompts of this spec instead, like --data; jsonl needs only `prompt`")
+    init: str | None = flag(None, "start from this folder (default: DIR/dpo)")
+    ref: str | None = flag(None, "reference (default: DIR/dpo, whatever --init is)")
+    reward_model: str | None = flag(None, "folder of the reward model (default: DIR/rm)")
+
+
+LossFlags = dataclasses.make_dataclass(
+    "LossFlags",
+    [
+        (name, kind | None, flag(None, f"{text} (loss {loss}: {default})"))
+        for name, (kind, default, text, loss) in {
+            name: (*described, loss) for loss in reversed(PREFERENCE_LOSSES) for name, described in loss_flags(PREFERENCE_LOSSES[loss]).items()
+        }.items()
+    ],
+    frozen=True,
+)
+STAGE_FLAGS = {
+    "tokenizer": (TokenizerFlags,),
+    "sft": (SftFlags,),
+    "rm": (RmFlags,),
+    "split": (SplitFlags,),
+    "dpo": (DpoFlags, LossFlags),
+    "ppo": (PpoStageFlags,),
+}
+LEARNING_RATES = {  # parameters below -> peak learning rate; what suits a small model from scratch would wreck a large one
+    "sft": ((3e6, 3e-3), (3e7, 1e-3), (3e8, 3e-4), (3e9, 2e-5), (float("inf"), 1e-5)),
+    "rm": ((3e6, 5e-4), (3e7, 2e-4), (3e8, 5e-5), (3e9, 1e-5), (float("inf"), 5e-6)),
+    "dpo": ((3e6, 5e-5), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
+    "ppo": ((3e6, 3e-4), (3e7, 1e-4), (3e8, 2e-5), (3e9, 3e-6), (float("inf"), 1e-6)),
+}
+QUICK = {
+    "data": {"pairs": 400, "test_prompts": 32},
+    "sft": {"epochs": 3.0, "validations": 2},
+    "rm": {"epochs": 1.0, "validations": 2},
+    "dpo": {"epochs": 1.0, "validations": 2},
+    "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
+}
+
+
+def with_lr(stage: str, flags, parameters: int):
+    """The flags with the stage's learning rate for a model of that size, unless one was given."""
+    return flags if flags.lr else dataclasses.replace(flags, lr=next(lr for limit, lr in LEARNING_RATES[stage] if parameters < limit))
+
+
+def tokenizer_stage(run: Run) -> None:
+    flags = run.take("tokenizer", TokenizerFlags)
+    with run.stage("tokenizer", as_flags(flags), {"data": run.folder / "data"}) as (folder, _, results):
+        path = folder / "tokenizer.model"
+        if run.world.is_main and flags.file:
+            atomic_write(path, Path(flags.file).read_bytes())
+        elif run.world.is_main:
+            pairs = load_pairs(run.folder / "data", "train")
+            train_tokenizer((text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)), path, flags.vocab_size)
+        run.world.barrier()
+        results["vocab_size"] = Tokenizer(path).vocab_size
+
+
+def sft_stage(run: Run) -> None:
+    flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
+    tokenizer = text.tokenizer
+    if model_flags.init:
+        model = text.load(Path(model_flags.init), LanguageModel)
+    else:
+        model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
+        initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
+    flags = with_lr("sft", flags, parameters(model))
+    with run.stage("sft", as_flags(flags, model_flags), {"tokenizer": run.folder / "tokenizer"}) as (folder, metrics, results):
+        rows = {part: demonstration_rows(run, text, part) for part in ("train", "validation")}
+        results["parameters"] = parameters(model)
+        run.say(f"  {results['parameters']:,} parameters, {len(rows['train'])} demonstrations")
+        model = distribute(model, run.world)
+        objective = sft_objective(tokenizer.pad_id, run.world.device, flags.include_prompt)
+        results |= fit(
+            model, objective, rows["train"], rows["validation"], flags,
+            stage="sft", seed=run.flags.seed, world=run.world, metrics=metrics, keep=partial(text.save, model, folder, run.world),
+        )  # fmt: skip
+        run.say(f"  best validation loss {results['loss']:.3f} nats per token, at step {results['step']}")
+
+
+def rm_stage(run: Run) -> None:
+    flags, text = run.take("rm", RmFlags), open_text(run)
+    init = Path(flags.init) if flags.init else run.parent("sft")
+    pad_id, world = text.tokenizer.pad_id, run.world
+    flags = with_lr("rm", flags, parameters(text.load(init, ScalarModel, new_head=True)))
+    with run.stage("rm", as_flags(flags), {"init": init} if not flags.init else {}) as (folder, metrics, results):
+        train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
+        prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
+        fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % flags.folds for row in train])
+
+        def train_on(rows: list[PairRow], where: Path, name: str):
+            """A reward model trained on rows, kept in `where` and read back at its best."""
+            model = distribute(text.load(init, ScalarModel, new_head=True, seed=stable_hash(run.flags.seed, name)), world)
+            best = fit(
+                model, reward_objective(pad_id, world.device), rows, validation, flags,
+                stage=name, seed=run.flags.seed, world=world,
+                metrics=metrics if where == folder else Metrics(where / "metrics.jsonl" if world.is_main else None),
+                keep=partial(text.save, model, where, world),
+            )  # fmt: skip
+            world.barrier()
+            return distribute(text.load(where, ScalarModel), world, frozen=True), best
+
+        scores = np.zeros((len(train), 2))
+        for fold in range(flags.folds if flags.folds > 1 else 0):
+            model, _ = train_on([row for row, f in zip(train, fold_of, strict=True) if f != fold], folder / f"fold-{fold}", f"rm fold {fold}")
+            mine = np.flatnonzero(fold_of == fold)
+            scores[mine] = reward_scores(model, both_halves([train[i] for i in mine]), pad_id, world).reshape(2, -1).T
+        model, best = train_on(train, folder, "rm")
+        in_fold = reward_scores(model, both_halves(train), pad_id, world).reshape(2, -1).T
+        scores = in_fold if flags.folds == 1 else scores
+        on_test = reward_scores(model, both_halves(test), pad_id, world).reshape(2, -1)
+        stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
+        text.save(model, folder, world, extra_config=stats)
+        lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
+        results |= best | stats | {"test": reward_model_report(*on_test, *np.array(lengths)), "train_accuracy": accuracy_of(in_fold)}
+        results["scored_pairs_accuracy"] = accuracy_of(scores)
+        if world.is_main:
+            lines = [{"id": row.id, "chosen": s[0], "rejected": s[1], "fold": int(f)} for row, s, f in zip(train, scores.tolist(), fold_of)]
+            atomic_write(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        say_reward_model(run, results)
+
+
+def accuracy_of(scores: np.ndarray) -> float:
+    """Share of pairs (N, 2) whose chosen response scores higher, ties half."""
+    return float((np.sign(scores[:, 0] - scores[:, 1]) + 1).mean() / 2)
+
+
+def say_reward_model(run: Run, results: dict) -> None:
+    """The reward model's worth, in a few lines."""
+    test = results["test"]
+    run.say(
+        f"  accuracy on test pairs {format_interval(test['accuracy'], *test['interval'])} (n = {test['n']}); the longer one wins"
+        f" {test['length']['longer_wins']['accuracy']:.2f}; on pairs as scored for the split {results['scored_pairs_accuracy']:.2f}"
+    )
+    cells = [f"{name} {b['share']:.0%}: {format_interval(b['accuracy'])}" for name, b in test["buckets"].items()]
+    run.say(f"  share and accuracy by gap: {'; '.join(cells)}; calibration error {test['calibration_error']:.3f}")
+
+
+def split_stage(run: Run) -> None:
+    flags = run.take("split", SplitFlags)
+    rm = run.parent("rm")
+    with run.stage("split", as_flags(flags), {"rm": rm}) as (folder, _, results):
+        scored = [json.loads(line) for line in (rm / "scores.jsonl").read_text().splitlines()]
+        pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "train")}
+        pairs, gaps = [pair_of[row["id"]] for row in scored], np.array([row["chosen"] - row["rejected"] for row in scored])
+        split = split_pairs([pair.prompt for pair in pairs], gaps, flags, run.flags.seed)
+        if run.world.is_main:
+            write_split(folder, split, pairs, gaps, flags, {"seed": run.flags.seed, "scores": digest(rm / "scores.jsonl")})
+        counts = {name: len(getattr(split, name)) for name in ("easy", "difficult", "dropped")}
+        results |= counts | {"disputed": int(split.disputed.sum()), "threshold": split.threshold}
+        run.say("  " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in results.items()))
+
+
+def part_ids(run: Run, part: str) -> set[str] | None:
+    """Ids of the split's part; None for all pairs, which need no split."""
+    return None if part == "all" else set(read_split(run.parent("split"))[part])
+
+
+def chosen_loss(run: Run, name: str):
+    """The preference loss with the flags that were typed; raises UsageError for a flag that it does not read. Also its arguments."""
+    typed = {key: value for key, value in as_flags(run.take("dpo", LossFlags)).items() if value is not None}
+    known = loss_flags(PREFERENCE_LOSSES[name])
+    foreign = sorted(set(typed) - set(known))
+    if foreign:
+        raise UsageError(f"--{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
+    arguments = {key: default for key, (_, default, _) in known.items()} | typed
+    try:
+        PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 2), **arguments)
+    except ValueError as error:
+        raise UsageError(f"--loss {name}: {error}") from error
+    return partial(PREFERENCE_LOSSES[name], **arguments), arguments
+
+
+def dpo_stage(run: Run) -> None:
+    flags, text, world = run.take("dpo", DpoFlags), open_text(run), run.world
+    loss, arguments = chosen_loss(run, flags.loss)
+    init = Path(flags.init) if flags.init else run.parent("sft")
+    ref_path = Path(flags.ref) if flags.ref else run.parent("sft")
+    ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
+    model, ref = text.load(init, LanguageModel), distribute(text.load(ref_path, LanguageModel), world, frozen=True)
+    flags = with_lr("dpo", flags, parameters(model))
+    with run.stage("dpo", as_flags(flags) | arguments, {"init": init, "ref": ref_path}) as (folder, metrics, results):
+        train = [row for row in encoded(run, text, "train") if ids is None or row.id in ids]
+        validation = encoded(run, text, "validation")
+        both = train + validation
+        key = {
+            "weights": digest(ref_path / "model.safetensors"),
+            "tokenizer": text.tokenizer.digest,
+            "max_prompt": text.max_prompt,
+            "max_response": text.max_response,
+            "dtype": str(world.dtype),
+        }
+        logps = cached_logps(
+            run.folder / "cache", key, [row.id for row in both],
+            lambda: sequence_logps(ref, both_halves(both), pad_id, world).reshape(2, -1).T, world.is_main,
+        )  # fmt: skip
+        ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
+        same_start = digest(init / "model.safetensors") == key["weights"]
+        model = distribute(model, world)
+        prompts, seed = validation_prompts(run, text, 64), stable_hash(run.flags.seed, "dpo", "watch")
+
+        def watch(numbers: dict[str, float]) -> bool:
+            numbers |= sampled_kl(model, ref, prompts, text, seed, world)
+            return has_left_reference(numbers, flags.max_kl, flags.max_fall, run.say)
+
+        at_first = partial(check_first_preference_step, flags.loss, arguments, world) if same_start else lambda numbers: None
+        results |= fit(
+            model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device), train, validation, flags,
+            stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
+            at_first=at_first, at_validation=watch,
+        )  # fmt: skip
+        results["healthy"] = results["kl_ref_seq"] <= flags.max_kl and results["chosen_fall"] <= flags.max_fall
+        run.say(
+            f"  {len(train)} pairs; best at step {results['step']}: validation loss {results['loss']:.4f}, accuracy {results['accuracy']:.3f},"
+            f" KL {results['kl_ref_seq']:.2f}, chosen log-probability {-results['chosen_fall']:+.2f}"
+        )
+
+
+def sampling(text: Text, flags: PpoFlags, mean: float, std: float) -> Sampling:
+    """How this run draws and judges responses."""
+    return Sampling(text.max_response, flags.temperature, flags.end_penalty, text.tokenizer.eos_id, text.tokenizer.pad_id, mean, std)
+
+
+def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[int, ...]]:
+    """Ids of the prompts that PPO trains on: --prompts, or those of the chosen part of the split; never a test prompt."""
+    if flags.prompts:
+        prompts = read_prompts(flags.prompts)
+    else:
+        ids = part_ids(run, flags.part)
+        prompts = [(p.prompt, p.style) for p in load_pairs(run.folder / "data", "train") if ids is None or p.id in ids]
+    held_out = {pair.prompt for part in ("validation", "test") for pair in load_pairs(run.folder / "data", part)}
+    fitting = [encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0] for prompt in dict.fromkeys(prompts) if prompt[0] not in held_out]
+    if not any(fitting):
+        raise DataError(f"no prompt is left to train on after those of validation and test, and those above --max-prompt {text.max_prompt}")
+    return [ids for ids in fitting if ids]
+
+
+def ppo_stage(run: Run) -> None:
+    flags, text, world = run.take("ppo", PpoStageFlags), open_text(run), run.world
+    check_ppo_flags(flags)
+    if flags.prompts_per_iteration % world.size:
+        raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {world.size} processes")
+    init = Path(flags.init) if flags.init else run.parent("dpo")
+    ref_path = Path(flags.ref) if flags.ref else run.parent("dpo")
+    rm_path = Path(flags.reward_model) if flags.reward_model else run.parent("rm")
+    prompts = training_prompts(run, text, flags)
+    policy, reward_model = text.load(init, LanguageModel), text.load(rm_path, ScalarModel)
+    described = read_json(rm_path / "config.json")
+    if "score_std" not in described:
+        raise CheckpointError(f"{rm_path / 'config.json'}: score_mean and score_std are missing; the rm stage fits and stores them")
+    critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
+    flags = with_lr("ppo", flags, parameters(policy))
+    warn_of_unhealthy(run, ref_path)
+    same_start = digest(init / "model.safetensors") == digest(ref_path / "model.safetensors")
+    parents = {"init": init, "ref": ref_path, "rm": rm_path}
+    with run.stage("ppo", as_flags(flags), parents) as (folder, metrics, results):
+        run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
+        model = distribute(PolicyWithCritic(policy, critic), world)
+        ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
+        how = sampling(text, flags, described["score_mean"], described["score_std"])
+        checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
+
+        def validate() -> dict[str, float]:
+            keys = list(range(world.rank, len(checks) - len(checks) % world.size, world.size))
+            rollout, _ = roll_out(
+                model, ref, reward_model, [checks[k] for k in keys], keys,
+                seed=run.flags.seed, step=-1, sampling=how, micro_batch=flags.micro_batch, world=world,
+            )  # fmt: skip
+            numbers = summary(rollout, world)
+            return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
+
+        def keep() -> None:
+            inner = bare(model)
+            extra = {"value_head.weight": inner.value_head.weight} if inner.critic is None else {}
+            text.save(inner.policy, folder, world, extra=extra)
+            if inner.critic is not None:
+                text.save(inner.critic, folder / "critic", world)
+
+        results |= train_ppo(
+            model, ref, reward_model, prompts, flags, how,
+            same_start=same_start, seed=run.flags.seed, world=world, metrics=metrics, validate=validate, keep=keep,
+        )  # fmt: skip
+        run.say(f"  best at iteration {results['step']}: score {results['score']:.2f}, KL to the reference {results['kl_ref_seq']:.2f}")
+
+
+def warn_of_unhealthy(run: Run, ref: Path) -> None:
+    """PPO is only as good as its reference: says so where DPO's own watch found it broken."""
+    manifest = ref / "manifest.json"
+    if manifest.exists() and not read_json(manifest)["results"].get("healthy", True):
+        run.say(f"warning: ppo: the reference {ref} failed DPO's check of KL and chosen log-probability; a better one: larger --beta, smaller --lr")
+
+
+def mpo(run: Run) -> None:
+    """The whole chain, then the comparison of its models."""
+    for stage in CHAIN:
+        STAGES[stage](run)
+    if run.world.is_main:
+        flags = EvalFlags(prompts=64) if run.flags.quick else EvalFlags()
+        compare_run(run.folder, dataclasses.replace(run.world, size=1, rank=0), dataclasses.replace(flags, seed=run.flags.seed))
+        print(
+            f"\nnext: python eval.py --model {run.folder}/ppo --prompt \"...\"      talk to the MPO model\n"
+            f"      python eval.py --run {run.folder} --greedy            compare again, decoding greedily\n"
+            f"      python train.py --stage dpo --help                    what a stage can be told"
+        )
+
+
+STAGES = {
+    "tokenizer": tokenizer_stage,
+    "sft": sft_stage,
+    "rm": rm_stage,
+    "split": split_stage,
+    "dpo": dpo_stage,
+    "ppo": ppo_stage,
+    "mpo": mpo,
+}
+
+
+def build_parser(stage: str) -> argparse.ArgumentParser:
+    """A parser of exactly the flags that the stage reads."""
+    parser = argparse.ArgumentParser(
+        prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
+    )
+    parser.add_argument("--stage", choices=tuple(STAGES), help="what to run")
+    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *((ModelFlags,) if stage in ("sft", "mpo") else ())):
+        add_flags(parser, group)
+    for name in CHAIN if stage == "mpo" else (stage,):
+        for group in STAGE_FLAGS[name]:
+            add_flags(parser, group, f"{name}_" if stage == "mpo" else "")
+    return parser
+
+
+def check_flags(run: Run, stage: str) -> None:
+    """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
+    for name in CHAIN if stage == "mpo" else (stage,):
+        for group in STAGE_FLAGS[name]:
+            flags = run.take(name, group)
+            if isinstance(flags, SplitFlags):
+                check_split_flags(flags)
+            if isinstance(flags, PpoFlags):
+                check_ppo_flags(flags)
+            if isinstance(flags, DpoFlags):
+                chosen_loss(run, flags.loss)
+
+
+def main(arguments: list[str]) -> None:
+    """Parses flags, joins the process group, prepares the data, runs the stage."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--stage", choices=tuple(STAGES))
+    stage = first.parse_known_args(arguments)[0].stage
+    if stage is None:
+        print(__doc__)
+        raise UsageError(f"--stage is missing; choose one of {', '.join(STAGES)}")
+    given = vars(build_parser(stage).parse_args(arguments))
+    given.pop("stage")
+    flags = take_flags(RunFlags, given)
+    data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice")
+    world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))
+    world = start(take_flags(DeviceFlags, given))
+    run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
+    check_flags(run, stage)
+    if world.is_main:
+        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed)
+    world.barrier()
+    STAGES[stage](run)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Stop as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    finally:
+        stop()
