@@ -4,19 +4,18 @@
     python eval.py --run runs/mpo --models dpo,ppo --greedy
     python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
 
-Every model answers the same test prompts with the same random numbers per prompt, so two models' answers are paired and the same seed
-gives the same report. Each answer is judged in up to three ways:
+Every model answers the same test prompts with the same random numbers per prompt: answers are paired, and the same seed gives the same
+report. An answer is judged in up to three ways, a model also by how far it has gone:
 
   reward model   the log-odds of DIR/rm (raw), and in standard deviations of its scores on demonstrations (normalised), which PPO raises
   true reward    only in the built-in worlds: what the text is really worth, and whether it is well-formed at all
   wins           against the data's chosen response and against SFT's answer to the same prompt, by the true reward in worlds and by the
                  reward model elsewhere; a tie is half a win
+  KL             to SFT and to the model's own reference: over the whole vocabulary, summed over the response's tokens, on the model's
+                 own samples at temperature 1 (drawn apart where the answers are decoded in another way)
 
-and each model by how far it has gone: KL(model || SFT) and KL(model || its own reference), summed over the response's tokens, each over
-the whole vocabulary, on the model's own samples at temperature 1 (drawn apart where the answers are decoded in another way). Two rows are
-no models but marks to measure by: the data's chosen responses and, in worlds, the best response that the world allows.
-
-Everything runs in one process. Nothing here trains: this is the one place where a world's true reward meets a model.
+Two rows are no models but marks: the data's chosen responses and, in worlds, the best response. Everything runs in one process. This is
+the one place where a world's true reward meets a model.
 """
 
 import argparse
@@ -52,8 +51,7 @@ from model.score import for_each_row, reward_scores, to_tensors
 
 STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
 LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while the KL is computed
-SHOWN = 3  # prompts whose answers are printed
-QUICK_PROMPTS = 64
+SHOWN, QUICK_PROMPTS = 3, 64  # prompts whose answers are printed; prompts under --quick
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,7 @@ class Setting:
     max_response: int
     world: World
     flags: EvalFlags
+    world_name: str | None = None  # the built-in world whose true reward judges, if one does
 
     def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
         """A model ready to answer or to judge; raises CheckpointError for another tokenizer's, UsageError for one with too little room."""
@@ -155,7 +154,7 @@ def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], 
     """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens: (N,).
 
     Hidden states of response positions alone go through the two output projections, in pieces of at most LOGITS numbers: the (B, T, V)
-    tensors never exist. Raises NumericalError where a sum is not finite.
+    tensors never exist.
     """
     positions = max(1, LOGITS // model.config.vocab_size)
 
@@ -166,33 +165,28 @@ def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], 
         kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
 
-    return finite(for_each_row(read, rows, batch, world, "KL"), "KL")
+    return for_each_row(read, rows, batch, world, "KL")
 
 
-def finite(values: np.ndarray, what: str) -> np.ndarray:
-    """The values; raises NumericalError where one is not a finite number."""
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        raise NumericalError(f"{what}: {bad.size} of {len(values)} values are not finite (first: {values[bad[0]]}); a model's weights are broken")
-    return values
-
-
-def judge(answers: dict[str, Answers], questions: Sequence[Question], model: ScalarModel, setting: Setting, world_name: str | None) -> dict[str, Answers]:
-    """The answers with the reward model's scores and, in worlds, true rewards. Each different response is scored once, so equal ones tie."""
+def judge(answers: dict[str, Answers], questions: Sequence[Question], model: ScalarModel, setting: Setting) -> dict[str, Answers]:
+    """The answers with the reward model's scores and, in worlds, true rewards. Equal responses are scored once, so they tie exactly."""
+    world_name = setting.world_name
     different = list(dict.fromkeys((row.prompt, row.response) for found in answers.values() for row in found.rows))
     scores = reward_scores(model, [Row("", *key) for key in different], setting.tokenizer.pad_id, setting.world)
-    score_of = dict(zip(different, finite(scores, "reward model"), strict=True))
+    score_of = dict(zip(different, scores, strict=True))
 
     def judged(found: Answers) -> Answers:
-        true = [true_reward(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)] if world_name else None
         raw = np.array([score_of[row.prompt, row.response] for row in found.rows])
-        return dataclasses.replace(found, raw=raw, true=np.array(true) if world_name else None)
+        true = [true_reward(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)] if world_name else None
+        return dataclasses.replace(found, raw=raw, true=true and np.array(true))
 
     return {name: judged(found) for name, found in answers.items()}
 
 
-def mean(values: Sequence[float]) -> dict:
-    """Mean of per-prompt values with n and its 95 % interval."""
+def mean(values: Sequence[float], what: str) -> dict:
+    """Mean of per-prompt values with n and its 95 % interval; raises NumericalError where a value is not finite."""
+    if not np.isfinite(values).all():
+        raise NumericalError(f"{what}: not finite for {np.sum(~np.isfinite(values))} of {len(values)} answers; a model's weights are broken")
     middle, *interval = t_interval(values)
     return {"n": len(values), "mean": middle, "interval": interval}
 
@@ -208,15 +202,16 @@ def wins(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.where(np.abs(mine - theirs) <= 1e-9, 0.5, mine > theirs)
 
 
-def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question], stats: dict, world_name: str | None, eos_id: int) -> dict:
+def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question], stats: dict, setting: Setting) -> dict:
     """What is reported of one row: what its answers are worth, and their form. stats: mean and std of the reward model's scores."""
     found, chosen, sft = answers[name], answers["chosen"], answers["sft"]
+    eos_id, world_name = setting.tokenizer.eos_id, setting.world_name
     numbers = {
-        "score_raw": mean(found.raw),
-        "score": mean((found.raw - stats["score_mean"]) / stats["score_std"]),
+        "score_raw": mean(found.raw, f"reward model's score of {name}"),
+        "score": mean((found.raw - stats["score_mean"]) / stats["score_std"], "normalised score"),
         "wins_against_chosen": share(wins(found.worth, chosen.worth)) if name != "chosen" else None,
         "wins_against_sft": share(wins(found.worth, sft.worth)) if name != "sft" else None,
-        "tokens": mean([len(row.response) for row in found.rows]),
+        "tokens": mean([len(row.response) for row in found.rows], "length"),
         "ended": share([row.response[-1] == eos_id for row in found.rows]),
         "cut": share([row.response[-1] != eos_id for row in found.rows]),
         "distinct_2": distinct_n([[token for token in row.response if token != eos_id] for row in found.rows], 2),
@@ -225,10 +220,10 @@ def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question
         kinds = np.array([kind(world_name, question.prompt) for question in questions])
         way, whole_way = (float((answer.true - sft.true).mean()) for answer in (found, answers["best"]))
         numbers |= {
-            "true_reward": mean(found.true),
+            "true_reward": mean(found.true, "true reward"),
             "way_to_best": way / whole_way if whole_way else None,
             "well_formed": share([well_formed(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)]),
-            "true_reward_by_kind": {k: mean(found.true[kinds == k]) for k in WORLDS[world_name].KINDS if (kinds == k).any()},
+            "true_reward_by_kind": {k: mean(found.true[kinds == k], k) for k in WORLDS[world_name].KINDS if (kinds == k).any()},
         }
     return numbers
 
@@ -247,26 +242,27 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
     names = model_names(folder, flags.models)
     tokenizer = Tokenizer(folder / "tokenizer" / "tokenizer.model")
-    setting = Setting(tokenizer, made_with["max_prompt"], made_with["max_response"], world, flags)
-    reward_model, stats, reward_folder = open_reward_model(folder, setting)
     # a test file from elsewhere need not hold prompts that the world can judge
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
+    setting = Setting(tokenizer, made_with["max_prompt"], made_with["max_response"], world, flags, world_name)
+    reward_model, stats, reward_folder = open_reward_model(folder, setting)
     questions = test_questions(load_pairs(folder / "data", "test"), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
     found, distances = model_answers(folder, names, questions, setting)
-    answers = judge(answers | found, questions, reward_model, setting, world_name)
+    answers = judge(answers | found, questions, reward_model, setting)
     # 3. the report
     shown = [name for name in answers if name not in STAGES or name in names]
-    rows = {name: measure(name, answers, questions, stats, world_name, tokenizer.eos_id) | distances.get(name, {}) for name in shown}
+    rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) for name in shown}
+    samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
         "wins_judged_by": "true reward" if world_name else "reward model",
         "decoding": "greedy" if flags.greedy else f"sampled at temperature {flags.temperature:g}",
         "seed": flags.seed, "prompts": len(questions), "max_response": setting.max_response,
-        "rows": rows, "samples": [sample(i, questions[i].prompt, {name: answers[name] for name in shown}) for i in range(min(SHOWN, len(questions)))],
+        "rows": rows, "samples": samples,
     }  # fmt: skip
     text = report_text(report)
     write_json(folder / "eval" / "report.json", report)
@@ -300,11 +296,9 @@ def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict
 
 def reference_folder(folder: Path, name: str) -> Path | None:
     """The folder of a model's own reference, None for SFT; raises CheckpointError where it is not the one that it was trained with."""
-    manifest = read_json(folder / name / MANIFEST)
-    parent = manifest["parents"].get("ref")
-    if parent is None:  # a reference from outside the run stands in the flags
-        given = manifest["flags"].get("ref")
-        return Path(given).resolve() if given else None
+    parent = read_json(folder / name / MANIFEST)["parents"].get("ref")
+    if parent is None:
+        return None
     recorded = Path(parent["path"])
     for place in (recorded, folder / recorded.name):  # the run may have been moved
         if (place / MANIFEST).exists() and digest(place / MANIFEST) == parent["manifest"]:
@@ -314,21 +308,17 @@ def reference_folder(folder: Path, name: str) -> Path | None:
 
 def test_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
     """The test prompts to answer, each once. Raises DataError where none fits."""
-    first = {}
-    for pair in pairs:
-        first.setdefault(pair.prompt, pair)
-    questions = []
-    for pair in sorted(first.values(), key=lambda pair: stable_hash(pair.prompt)):  # no part of a sorted file is preferred
-        ids, _ = encode_prompt(pair.prompt, pair.style, setting.tokenizer, setting.max_prompt)
-        if ids and len(questions) < setting.flags.prompts:
-            questions.append(Question(pair.prompt, pair.chosen, ids))
+    first = {pair.prompt: pair for pair in reversed(pairs)}.values()
+    ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))  # a file's order must not decide what is tested
+    ids = (encode_prompt(pair.prompt, pair.style, setting.tokenizer, setting.max_prompt)[0] for pair in ordered)
+    questions = [Question(p.prompt, p.chosen, own) for p, own in zip(ordered, ids, strict=True) if own][: setting.flags.prompts]
     if not questions:
         raise DataError(f"no test prompt fits --max-prompt {setting.max_prompt}; make the run's data with a larger one")
     return questions
 
 
-def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Question], setting: Setting) -> tuple[dict[str, Answers], dict[str, dict]]:
-    """By name: the answers of SFT and of each model, and the KLs on samples at temperature 1, which the answers are where they are so drawn."""
+def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
+    """Name -> `Answers` of SFT and of each model; name -> its KLs, on samples at temperature 1 (the answers, where they are that)."""
     flags, sft = setting.flags, (folder / "sft").resolve()
     load = functools.cache(setting.load)
     answers, distances = {}, {}
@@ -340,7 +330,8 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
         kls = {own: np.zeros(len(questions))}
         for other in {sft, ref or sft} - {own}:
             kls[other] = sequence_kls(load(own), load(other), samples.rows, setting.tokenizer.pad_id, setting.world)
-        distances[name] = {"kl_sft": mean(kls[sft]), "kl_ref": mean(kls[ref]) if ref else None, "reference": ref.name if ref else None}
+        far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
+        distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
 
 
@@ -359,25 +350,28 @@ def report_text(report: dict) -> str:
     """The report as Markdown."""
     rows, n = report["rows"], report["prompts"]
     world = {"true_reward": "true reward", "way_to_best": "way from SFT to best", "well_formed": "well-formed"} if report["world"] else {}
-    worth = {"score_raw": "reward model, raw", "score": "normalised", "wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
-    form = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference", "tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
+    worth = {"score_raw": "reward model, raw", "score": "normalised"}
+    won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
+    far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
+    form = {"tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
     references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
 
     def table(columns: dict[str, str]) -> str:
-        return markdown_table(["", *columns.values()], [[name, *(cell(numbers.get(key)) for key in columns)] for name, numbers in rows.items()])
+        lines = [[name, *(cell(numbers.get(key)) for key in columns)] for name, numbers in rows.items()]
+        return markdown_table(["", *columns.values()], lines)
 
     parts = [
         f"# The models of {report['run']}\n",
-        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}. n = {n} for every number, with 95 %"
-        f" intervals in brackets. Reward model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
-        table(world | worth),
-        f"KL in nats per response, exact over the vocabulary, on samples at temperature 1{f'; references: {references}' if references else ''}."
-        f" Tokens count the end token; ended has one, cut reached {report['max_response']} tokens without.\n",
-        table(form),
+        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}. n = {n} for every number; 95 % intervals in"
+        f" brackets. Reward model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
+        table(world | worth | won),
+        f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
+        f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
+        table(far | form),
     ]
     if world:
-        counts = {k: value["n"] for k, value in rows["chosen"]["true_reward_by_kind"].items()}
-        lines = [[f"{k} (n = {count})", *(cell(numbers["true_reward_by_kind"][k]) for numbers in rows.values())] for k, count in counts.items()]
+        by_kind = [numbers["true_reward_by_kind"] for numbers in rows.values()]
+        lines = [[f"{k} (n = {value['n']})", *(cell(numbers[k]) for numbers in by_kind)] for k, value in by_kind[0].items()]
         parts += ["True reward by kind of prompt:\n", markdown_table(["", *rows], lines)]
     return "\n".join([*parts, *map(sample_text, report["samples"])])
 

@@ -8,6 +8,7 @@ one of a language model's training step, never exists.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,6 +78,13 @@ def score_tokens(
     return TokenScores(zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, spread) if with_entropy else None)
 
 
+def read_scalar(hidden: Tensor, head: nn.Linear) -> Tensor:
+    """One float32 number per hidden state, (..., D) -> (...). Always in float32: in bf16 a score between 2 and 4 moves in steps of 1/64,
+    and scores are there to be subtracted from one another."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.weight.float()).squeeze(-1)
+
+
 class ScalarModel(nn.Module):
     """A trunk and one number per token: the reward model reads the last real token's, a critic reads them all."""
 
@@ -91,7 +99,7 @@ class ScalarModel(nn.Module):
         hidden = self.trunk(tokens)
         if lengths is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        return self.score(hidden).squeeze(-1).float()
+        return read_scalar(hidden, self.score)
 
 
 class PolicyWithCritic(nn.Module):
@@ -112,5 +120,5 @@ class PolicyWithCritic(nn.Module):
             return self.policy(tokens, cache=cache)
         hidden = self.policy.trunk(tokens)
         scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=True)
-        values = self.value_head(hidden).squeeze(-1).float() if self.critic is None else self.critic(tokens)
+        values = read_scalar(hidden, self.value_head) if self.critic is None else self.critic(tokens)
         return scores._replace(values=values)

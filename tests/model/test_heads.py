@@ -134,7 +134,7 @@ def test_swapping_the_halves_of_a_pair_negates_the_gap():
         first, second = model(to_tensors(rows, PAD, CPU)[0], row_lengths(rows, CPU)).chunk(2)
         gaps.append(first - second)
     assert gaps[0].abs().min() > 1e-3
-    assert torch.equal(gaps[0], -gaps[1])
+    assert torch.allclose(gaps[0], -gaps[1], atol=1e-6, rtol=0)  # a row's place in a matrix product may move its last bit
     assert torch.allclose(reward_loss(gaps[0], torch.zeros(5)) - reward_loss(gaps[1], torch.zeros(5)), -gaps[0], atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_a_value_head_stands_on_the_trunk_and_starts_at_0():
     values = model(tokens, mask).values
     assert torch.allclose(values, policy.trunk(tokens) @ model.value_head.weight[0], atol=1e-5)
     values.sum().backward()
-    assert policy.trunk.embedding.weight.grad.abs().sum() > 0 and policy.lm_head.weight.grad.abs().sum() == 0
+    assert policy.trunk.embedding.weight.grad.abs().sum() > 0 and policy.lm_head.weight.grad is None
 
 
 def test_a_separate_critic_shares_nothing_with_the_policy():

@@ -1,0 +1,307 @@
+"""eval.py on hand-made run folders: small random models, a real world, real manifests; no training."""
+
+import dataclasses
+import json
+import math
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from data.batches import Row, encode_prompt
+from data.errors import CheckpointError, NumericalError, UsageError
+from data.files import read_json, write_json
+from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
+from data.run import finish_stage
+from data.synthetic import best_response, kind, true_reward
+from data.tokenizer import Tokenizer, train_tokenizer
+from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, report_text, sequence_kls, wins
+from model.checkpoint import save_model
+from model.heads import LanguageModel, ScalarModel
+from model.parallel import World
+from model.transformer import ModelConfig, initialise
+
+ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
+CONFIG = ModelConfig(vocab_size=340, width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, context=200)
+TEXTS = [string.ascii_letters, "Human: Name three hot drinks, please. Assistant: Try tea, cocoa and coffee."]
+LIMITS = {"max_prompt": 150, "max_response": 10}
+
+
+def tiny(seed: int, kind=LanguageModel, loudness: float = 8.0):
+    """A model whose random logits are large enough for models to differ."""
+    model = kind(CONFIG)
+    initialise(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(loudness if parameter.dim() > 1 else 1.0)
+    return model.eval()
+
+
+def save_stage(run: Path, name: str, model, parents: dict, **config) -> None:
+    save_model(model, run / name, special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True, extra_config=config)
+    shutil.copy(run / "tokenizer" / "tokenizer.model", run / name)
+    finish_stage(run / name, name, {}, parents, {})
+
+
+def make_run(run: Path, data: str) -> Path:
+    prepare_data(run / "data", DataFlags(data=data, **LIMITS), WorldFlags(pairs=60, test_prompts=24), [], 0)
+    train_tokenizer(TEXTS, run / "tokenizer" / "tokenizer.model", CONFIG.vocab_size)
+    finish_stage(run / "tokenizer", "tokenizer", {}, {"data": run / "data"}, {})
+    save_stage(run, "sft", tiny(1), {"tokenizer": run / "tokenizer"})
+    save_stage(run, "rm", tiny(2, ScalarModel), {"init": run / "sft"}, score_mean=0.5, score_std=2.0)
+    save_stage(run, "dpo", tiny(3), {"init": run / "sft", "ref": run / "sft"})
+    save_stage(run, "ppo", tiny(4), {"init": run / "dpo", "ref": run / "dpo", "rm": run / "rm"})
+    return run
+
+
+@pytest.fixture(scope="module")
+def world_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("world"), "advice")
+
+
+@pytest.fixture(scope="module")
+def report(world_run) -> dict:
+    compare_run(world_run, ALONE, EvalFlags())
+    return read_json(world_run / "eval" / "report.json")
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory) -> Path:
+    """Pairs from a file: no world, nothing but the reward model can judge."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = [{"prompt": f"Say {n} words.", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(80)]
+    rows += [rows[0] | {"chosen": "a second comparison of the first prompt"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_run(folder / "run", f"jsonl:{folder / 'rows.jsonl'}")
+
+
+# ---- the numbers
+
+
+def test_wins_and_ties_by_hand():
+    mine, theirs = np.array([1.0, 0.3, -2.0, 0.1 + 0.2]), np.array([0.5, 0.3, -1.0, 0.3])
+    assert wins(mine, theirs).tolist() == [1.0, 0.5, 0.0, 0.5]
+    assert wins(theirs, mine).tolist() == [0.0, 0.5, 1.0, 0.5]
+
+
+def test_exact_kl_is_the_sum_over_response_positions_and_vocabulary(monkeypatch):
+    """Against one forward pass per row without padding, and sums written out in float64; also in pieces of a few positions."""
+    model, ref = tiny(1), tiny(2)
+    rows = [Row("", (1, 7, 9, 11), (20, 21, 2)), Row("", (1, 5), (30, 31, 32, 33, 34)), Row("", (1, 8, 8, 8, 8, 8), (2,))]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.response])
+        own, other = (m(ids)[0].double() for m in (model, ref))
+        total = 0.0
+        for position in range(len(row.prompt) - 1, row.length - 1):  # the logits there are about the next token
+            p, q = ([math.exp(x) for x in logits[position].tolist()] for logits in (own, other))
+            total += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+        expected.append(total)
+    assert min(expected) > 0.1
+    assert sequence_kls(model, ref, rows, 3, ALONE) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(evaluation, "LOGITS", 2 * CONFIG.vocab_size)
+    assert sequence_kls(model, ref, rows, 3, ALONE, batch=2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kl_of_a_model_to_itself_is_zero():
+    rows = [Row("", (1, 7, 9), (20, 21, 2)), Row("", (1, 5), (30, 31))]
+    assert sequence_kls(tiny(1), tiny(1), rows, 3, ALONE).tolist() == [0.0, 0.0]
+
+
+def test_an_answer_depends_on_seed_and_prompt_alone(world_run):
+    """Not on the batch, nor on which other prompts are asked."""
+    tokenizer = Tokenizer(world_run / "tokenizer" / "tokenizer.model")
+    setting = Setting(tokenizer, 150, 10, ALONE, EvalFlags(batch=3))
+    asked = [Question(p.prompt, p.chosen, encode_prompt(p.prompt, p.style, tokenizer, 150)[0]) for p in load_pairs(world_run / "data", "test")]
+    asked = asked[:8]
+
+    def answer(questions, **flags):
+        changed = dataclasses.replace(setting, flags=EvalFlags(**flags))
+        return changed.answer(tiny(1), questions, "", greedy=False, temperature=1.0)
+
+    all_at_once, in_parts, turned = answer(asked), answer(asked, batch=3), answer(asked[4:][::-1], batch=1)
+    assert all_at_once.texts == in_parts.texts
+    assert turned.texts == all_at_once.texts[4:][::-1]
+    assert [row.prompt for row in turned.rows] == [question.ids for question in asked[4:][::-1]]
+    assert answer(asked, seed=1).texts != all_at_once.texts
+
+
+# ---- the report
+
+
+def test_report_in_a_world(report, world_run):
+    """True rewards, normalised scores, and what the rows of reference points must show."""
+    rows = report["rows"]
+    assert list(rows) == ["chosen", "best", "sft", "dpo", "ppo"] and report["wins_judged_by"] == "true reward" and report["prompts"] == 24
+    pairs = load_pairs(world_run / "data", "test")
+    chosen = [true_reward("advice", pair.prompt, pair.chosen) for pair in pairs]
+    best = [true_reward("advice", pair.prompt, best_response("advice", pair.prompt)) for pair in pairs]
+    assert rows["chosen"]["true_reward"]["mean"] == pytest.approx(np.mean(chosen))
+    assert rows["best"]["true_reward"]["mean"] == pytest.approx(np.mean(best))
+    won = sum(1.0 if b > c + 1e-9 else 0.5 for b, c in zip(best, chosen, strict=True)) / len(pairs)  # nothing beats the best
+    assert rows["best"]["wins_against_chosen"]["mean"] == pytest.approx(won)
+    assert rows["best"]["wins_against_sft"]["mean"] == 1.0 and rows["best"]["way_to_best"] == 1.0 and rows["sft"]["way_to_best"] == 0.0
+    assert rows["best"]["well_formed"]["mean"] == rows["chosen"]["well_formed"]["mean"] == 1.0
+    assert rows["sft"]["well_formed"]["mean"] == 0.0  # random models write no English
+    assert rows["sft"]["wins_against_sft"] is None and rows["chosen"]["wins_against_chosen"] is None
+    for numbers in rows.values():
+        assert numbers["score"]["mean"] == pytest.approx((numbers["score_raw"]["mean"] - 0.5) / 2.0)
+        assert numbers["ended"]["mean"] + numbers["cut"]["mean"] == 1.0
+        assert 1 <= numbers["tokens"]["mean"] <= 10
+    assert (rows["dpo"]["reference"], rows["ppo"]["reference"], rows["sft"]["reference"]) == ("sft", "dpo", None)
+    assert rows["dpo"]["kl_ref"] == rows["dpo"]["kl_sft"] and rows["ppo"]["kl_ref"] != rows["ppo"]["kl_sft"]
+    assert rows["sft"]["kl_sft"]["mean"] == 0.0 and rows["dpo"]["kl_sft"]["mean"] > 0.5
+    assert len(report["samples"]) == 3 and list(report["samples"][0]["responses"]) == list(rows)
+
+
+def test_true_reward_by_kind_of_prompt(report, world_run):
+    pairs = load_pairs(world_run / "data", "test")
+    table = report["rows"]["chosen"]["true_reward_by_kind"]
+    assert len(table) >= 4 and sum(value["n"] for value in table.values()) == 24
+    for name, value in table.items():
+        rewards = [true_reward("advice", pair.prompt, pair.chosen) for pair in pairs if kind("advice", pair.prompt) == name]
+        assert value["n"] == len(rewards) and value["mean"] == pytest.approx(np.mean(rewards))
+    assert f"| {name} (n = {value['n']}) | {value['mean']:.2f}" in report_text(report)
+
+
+def test_same_seed_same_report_whatever_the_batch(report, world_run):
+    before = (world_run / "eval" / "report.json").read_bytes()
+    text = compare_run(world_run, ALONE, EvalFlags())
+    assert (world_run / "eval" / "report.json").read_bytes() == before
+    assert (world_run / "eval" / "report.md").read_text() == text == report_text(report)
+    compare_run(world_run, ALONE, EvalFlags(seed=1, models="ppo,sft", prompts=5))
+    other = read_json(world_run / "eval" / "report.json")
+    assert list(other["rows"]) == ["chosen", "best", "sft", "ppo"] and other["rows"]["ppo"]["tokens"]["n"] == 5
+    assert [sample["prompt"] for sample in other["samples"]] == [sample["prompt"] for sample in report["samples"]]
+    first, second = (found["samples"][0]["responses"]["ppo"]["text"] for found in (report, other))
+    assert first != second
+
+
+def test_kl_is_on_samples_at_temperature_one_however_answers_are_decoded(report, world_run):
+    for flags in (EvalFlags(greedy=True), EvalFlags(temperature=0.1)):
+        compare_run(world_run, ALONE, flags)
+        other = read_json(world_run / "eval" / "report.json")["rows"]
+        for name in ("dpo", "ppo"):
+            assert other[name]["kl_ref"]["mean"] == pytest.approx(report["rows"][name]["kl_ref"]["mean"], rel=1e-5)
+        assert other["dpo"]["score_raw"]["mean"] != pytest.approx(report["rows"]["dpo"]["score_raw"]["mean"], rel=1e-3)
+
+
+def test_without_a_world_the_reward_model_judges(plain_run):
+    compare_run(plain_run, ALONE, EvalFlags(models="dpo"))
+    found = read_json(plain_run / "eval" / "report.json")
+    assert list(found["rows"]) == ["chosen", "dpo"] and found["wins_judged_by"] == "reward model" and found["world"] is None
+    assert not {"true_reward", "well_formed"} & set(found["rows"]["dpo"])
+    prompts = {pair.prompt for pair in load_pairs(plain_run / "data", "test")}
+    assert found["prompts"] == len(prompts)  # a prompt with two comparisons is answered once
+    assert found["rows"]["dpo"]["wins_against_sft"]["n"] == len(prompts)
+
+
+def test_a_copy_of_sft_ties_with_it_everywhere(plain_run, tmp_path):
+    """The same weights give the same answers, to be scored alike: half of each win, and no KL."""
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    shutil.rmtree(run / "dpo")
+    shutil.rmtree(run / "ppo")
+    save_stage(run, "dpo", tiny(1), {"ref": run / "sft"})
+    compare_run(run, ALONE, EvalFlags(batch=2))
+    row = read_json(run / "eval" / "report.json")["rows"]["dpo"]
+    assert row["wins_against_sft"]["mean"] == 0.5 and row["wins_against_sft"]["ties"] == row["wins_against_sft"]["n"]
+    assert row["kl_sft"]["mean"] == row["kl_ref"]["mean"] == 0.0
+
+
+# ---- refusals
+
+
+def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
+    def refused(*arguments: str) -> str:
+        assert main(arguments) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and "Traceback" not in output.err
+        return output.err
+
+    run = str(world_run)
+    assert "python train.py --stage mpo" in refused("--run", str(tmp_path / "nowhere"))
+    assert "no model 'grpo'; finished" in refused("--run", run, "--models", "sft,grpo")
+    assert "give either --run" in refused() and "give either --run" in refused("--run", run, "--model", run)
+    assert "--prompt: is not read with --run" in refused("--run", run, "--prompt", "Hi")
+    assert "--models: is not read with --model" in refused("--model", run + "/sft", "--prompt", "Hi", "--models", "sft")
+    assert "no temperature" in refused("--run", run, "--greedy", "--temperature", "0.5")
+    assert "--temperature 0.0: must be a positive" in refused("--run", run, "--temperature", "0")
+    assert '--prompt "..."' in refused("--model", run + "/sft")
+    assert "no such folder" in refused("--model", run + "/grpo", "--prompt", "Hi")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refused("--run", run)
+
+
+def test_a_missing_stage_names_the_command_that_makes_it(plain_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    shutil.rmtree(run / "ppo")
+    with pytest.raises(UsageError, match="train.py --stage ppo --out"):
+        compare_run(run, ALONE, EvalFlags(models="ppo"))
+    shutil.rmtree(run / "rm")
+    with pytest.raises(UsageError, match="train.py --stage rm --out"):
+        compare_run(run, ALONE, EvalFlags())
+
+
+def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    other = tmp_path / "other"
+    shutil.copytree(run / "rm", other)
+    described = read_json(other / "config.json")
+    write_json(other / "config.json", {key: value for key, value in described.items() if key != "score_std"})
+    with pytest.raises(CheckpointError, match="score_std"):
+        compare_run(run, ALONE, EvalFlags(reward_model=str(other)))
+    (other / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match="not the tokenizer of this run"):
+        compare_run(run, ALONE, EvalFlags(reward_model=str(other)))
+    # a reference made anew after its model was trained, both in the recorded place and in the run
+    manifest = read_json(run / "ppo" / "manifest.json")
+    manifest["parents"]["ref"]["manifest"] = "0" * 64
+    write_json(run / "ppo" / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match="is gone or was made anew"):
+        compare_run(run, ALONE, EvalFlags())
+
+
+def test_broken_weights_stop_the_report(plain_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    shutil.rmtree(run / "dpo")
+    shutil.rmtree(run / "ppo")
+    broken = tiny(1)
+    with torch.no_grad():
+        broken.trunk.norm.weight[0] = math.nan
+    save_stage(run, "dpo", broken, {"ref": run / "sft"})
+    with pytest.raises(NumericalError, match="KL of dpo: not finite"):
+        compare_run(run, ALONE, EvalFlags())
+    assert not (run / "eval" / "report.json").exists()
+
+
+# ---- one answer
+
+
+def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(world_run, plain_run, monkeypatch):
+    asked = []
+    original = Setting.answer
+    monkeypatch.setattr(Setting, "answer", lambda self, model, questions, *a, **k: asked.append(questions[0].prompt) or original(self, model, questions, *a, **k))
+    greedy = EvalFlags(greedy=True)
+    answer_prompt(world_run / "sft", " Name a fruit.\n", False, ALONE, greedy)
+    answer_prompt(world_run / "sft", "\n\nHuman: Hi\n\nAssistant:", False, ALONE, greedy)
+    answer_prompt(world_run / "sft", "Name a fruit.", True, ALONE, greedy)
+    answer_prompt(plain_run / "sft", "Name a fruit.", False, ALONE, greedy)
+    assert asked == ["\n\nHuman: Name a fruit.\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:", "Name a fruit.", "Name a fruit."]
+
+
+def test_one_answer_from_the_command_line(world_run, capsys):
+    command = ["--model", str(world_run / "sft"), "--prompt", "Name three fruits.", "--seed", "3"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0
+    assert first == capsys.readouterr().out and first.strip()
+    with pytest.raises(SystemExit):
+        main(["--run", str(world_run), "--beta", "1"])
