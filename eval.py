@@ -246,7 +246,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
     setting = Setting(tokenizer, made_with["max_prompt"], made_with["max_response"], world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
-    questions = test_questions(load_pairs(folder / "data", "test"), setting)
+    questions = pick_questions(load_pairs(folder / "data", "test"), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
@@ -306,7 +306,7 @@ def reference_folder(folder: Path, name: str) -> Path | None:
     raise CheckpointError(f"{recorded}: the reference of {folder / name} is gone or was made anew; put it back, or make {name} again")
 
 
-def test_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
+def pick_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
     """The test prompts to answer, each once. Raises DataError where none fits."""
     first = {pair.prompt: pair for pair in reversed(pairs)}.values()
     ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))  # a file's order must not decide what is tested
@@ -362,8 +362,8 @@ def report_text(report: dict) -> str:
 
     parts = [
         f"# The models of {report['run']}\n",
-        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}. n = {n} for every number; 95 % intervals in"
-        f" brackets. Reward model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
+        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
+        f" model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
         table(world | worth | won),
         f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
         f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
@@ -373,7 +373,7 @@ def report_text(report: dict) -> str:
         by_kind = [numbers["true_reward_by_kind"] for numbers in rows.values()]
         lines = [[f"{k} (n = {value['n']})", *(cell(numbers[k]) for numbers in by_kind)] for k, value in by_kind[0].items()]
         parts += ["True reward by kind of prompt:\n", markdown_table(["", *rows], lines)]
-    return "\n".join([*parts, *map(sample_text, report["samples"])])
+    return "\n".join([*parts, f"The first {len(report['samples'])} prompts:\n", *map(sample_text, report["samples"])])
 
 
 def cell(value: dict | float | None) -> str:

@@ -33,23 +33,21 @@ KINDS = ("plain", "pair", "question", "correction")
 BROKEN = -7.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
-STAKES = {"": 1.0, "It is no big deal.": 0.5, "I just want to vent.": 0.5, "I really need your help.": 2.0, "Please be exact.": 2.0}
+STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 2.0}
 
-# Commonest first; a person or thing of rank k is drawn in proportion to (k + 1) ** -RARITY.
+# Commonest first; a person or deed of rank k is drawn in proportion to (k + 1) ** -RARITY.
 RARITY = 0.5
-PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school", "roommate": "home",
-          "cousin": "family", "coach": "school", "landlord": "home", "tutor": "school"}
-THINGS = ("lamp", "bike", "phone", "chair", "coat", "book", "watch", "guitar", "tent", "camera", "kettle", "clock", "mirror", "ladder",
-          "drum", "vase", "radio", "desk", "boat", "kite")
-DEEDS = ("broke", "lost", "sold", "hid", "took", "painted")
-TITLES = ("Trouble with my {}", "My {} went too far", "I am angry with my {}", "What do I do about my {}")
-TELLINGS = ("{}.", "Yesterday {}.", "Last week {}.", "On Sunday {}.", "I heard that {}.", "It turns out that {}.")
-QUESTIONS = ("should I move out", "should I call the police", "should I ask for money", "should I wait", "should I say sorry",
-             "should I get a lawyer", "am I too strict", "am I wrong here")
-ASKINGS = ("So, {}?", "Tell me, {}?", "Now I wonder, {}?")
-ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "I live in a small town", "my train was late", "it was a long day",
-          "I never liked Mondays", "dinner was cold")
-LEADS = ("Long story short,", "To sum it all up,", "Well, as you can see,")
+PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school", "roommate": "home"}
+DEEDS = ("broke the lamp", "lost the keys", "sold the car", "burned the dinner", "hid the letter", "painted the door", "forgot the rent",
+         "borrowed the tent", "insulted the guests", "woke the baby", "kicked the dog", "stole the money", "cut the tree", "flooded the kitchen",
+         "read the diary", "missed the wedding")
+TITLES = ("Trouble with my {}", "I am angry with my {}")
+TELLINGS = ("{}.", "Yesterday {}.", "I heard that {}.")
+RETRACTION = "It is not true that {}."
+QUESTIONS = ("should I move out", "must I call the police", "can I ask for money", "am I too strict")
+ASKING = "Tell me, {}?"
+ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a long day")
+LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 5
 
 COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 0.8, -0.8, -0.3, -0.5, -0.03

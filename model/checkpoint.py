@@ -178,14 +178,15 @@ def from_hugging_face(
         if name in skip:
             continue
         source = "trunk.embedding.weight" if name == "lm_head.weight" and config.tied else name
-        parts = [part for part, _ in hugging_face_parts(source, config)]
-        missing = [part for part in parts if part not in tensors]
-        problems += [f"{part} is missing" for part in missing]
-        used.update(parts)
-        if not missing:
-            state[name] = torch.cat([tensors[part] for part in parts]).float()
-            if state[name].shape != wanted.shape:
-                problems.append(f"{' + '.join(parts)} has shape {tuple(state[name].shape)}, {tuple(wanted.shape)} expected")
+        shapes = {part: (rows or wanted.shape[0], *wanted.shape[1:]) for part, rows in hugging_face_parts(source, config)}
+        used.update(shapes)
+        for part, shape in shapes.items():
+            if part not in tensors:
+                problems.append(f"{part} is missing")
+            elif tensors[part].shape != shape:
+                problems.append(f"{part} has shape {tuple(tensors[part].shape)}, {shape} expected")
+        if not problems:
+            state[name] = torch.cat([tensors[part] for part in shapes]).float()
     ignored = used | {"lm_head.weight"} if config.tied else used
     problems += [f"{part} is not part of this architecture" for part in tensors if part not in ignored and "rotary_emb.inv_freq" not in part]
     if problems:

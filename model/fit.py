@@ -107,7 +107,7 @@ def fit(
     """
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
     steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
-    every = max(1, len(steps) // flags.validations)
+    every = -(-len(steps) // flags.validations)
     best = {**evaluate(model, objective, validation, flags.micro_batch, world), "step": -1}
     at_validation(best)
     keep()
@@ -129,6 +129,8 @@ def fit(
         bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == len(steps):
             checked = evaluate(model, objective, validation, flags.micro_batch, world)
+            if not math.isfinite(checked["loss"]):
+                raise NumericalError(f"{where}: the validation loss is {checked['loss']}; the last weights kept are good; try a smaller --lr")
             stop = at_validation(checked)
             metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
             if stop:

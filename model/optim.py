@@ -33,10 +33,12 @@ def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, 
 
     Raises NumericalError, weights untouched, when the norm is not finite; `where` names stage and step.
     """
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = float(whole(total))
     if not math.isfinite(norm):
         broken = [name for name, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(whole(p.grad)).all())]
         raise NumericalError(f"{where}: the gradient is not finite in {', '.join(broken[:3]) or 'its norm'}; try a smaller learning rate")
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()

@@ -99,7 +99,9 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
     precision = MixedPrecisionPolicy(param_dtype=world.dtype if world.dtype != torch.float32 else None)
     for layer in [module for module in model.modules() if isinstance(module, Layer)]:
         fully_shard(layer, mp_policy=precision)
-    return fully_shard(model, mp_policy=precision)
+    # By default the outermost part stays gathered after a forward without backward (validation, sampling), and `parameters()` would then
+    # show copies that no optimiser should be given.
+    return fully_shard(model, mp_policy=precision, reshard_after_forward=True)
 
 
 def bare(model: nn.Module) -> nn.Module:

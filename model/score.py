@@ -78,7 +78,7 @@ def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[
     if path.exists():
         kept = read_json(path)
         missing = sorted(set(ids) - set(kept["logps"]))
-        if missing or kept["key"] != key:
+        if missing or kept["key"] != json.loads(json.dumps(key)):
             raise CheckpointError(f"{path}: not the cache its name says (missing rows: {missing[:5]}); remove it, it will be made anew")
         return np.array([kept["logps"][row] for row in ids])
     values = compute()

@@ -19,7 +19,7 @@ from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.run import finish_stage
 from data.synthetic import best_response, kind, true_reward
 from data.tokenizer import Tokenizer, train_tokenizer
-from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, report_text, sequence_kls, wins
+from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
 from model.checkpoint import save_model
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import World
@@ -74,9 +74,14 @@ def plain_run(tmp_path_factory) -> Path:
     """Pairs from a file: no world, nothing but the reward model can judge."""
     folder = tmp_path_factory.mktemp("plain")
     rows = [{"prompt": f"Say {n} words.", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(80)]
-    rows += [rows[0] | {"chosen": "a second comparison of the first prompt"}]
+    rows += [row | {"chosen": "oh " + row["chosen"]} for row in rows]  # two comparisons of each prompt
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make_run(folder / "run", f"jsonl:{folder / 'rows.jsonl'}")
+
+
+def copy_of(run: Path, to: Path, *without: str) -> Path:
+    """A run without some of its folders and without a report."""
+    return shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns("eval", *without))
 
 
 # ---- the numbers
@@ -110,6 +115,14 @@ def test_exact_kl_is_the_sum_over_response_positions_and_vocabulary(monkeypatch)
 def test_kl_of_a_model_to_itself_is_zero():
     rows = [Row("", (1, 7, 9), (20, 21, 2)), Row("", (1, 5), (30, 31))]
     assert sequence_kls(tiny(1), tiny(1), rows, 3, ALONE).tolist() == [0.0, 0.0]
+
+
+def test_which_prompts_are_answered_does_not_depend_on_the_order_of_the_file(plain_run):
+    setting = Setting(Tokenizer(plain_run / "tokenizer" / "tokenizer.model"), 150, 10, ALONE, EvalFlags(prompts=3))
+    pairs = load_pairs(plain_run / "data", "test")
+    picked = [question.prompt for question in pick_questions(pairs, setting)]
+    assert picked == [question.prompt for question in pick_questions(pairs[::-1], setting)]
+    assert len(set(picked)) == 3 and picked != [pair.prompt for pair in pairs[:3]]
 
 
 def test_an_answer_depends_on_seed_and_prompt_alone(world_run):
@@ -196,21 +209,30 @@ def test_without_a_world_the_reward_model_judges(plain_run):
     assert list(found["rows"]) == ["chosen", "dpo"] and found["wins_judged_by"] == "reward model" and found["world"] is None
     assert not {"true_reward", "well_formed"} & set(found["rows"]["dpo"])
     prompts = {pair.prompt for pair in load_pairs(plain_run / "data", "test")}
-    assert found["prompts"] == len(prompts)  # a prompt with two comparisons is answered once
+    assert found["prompts"] == len(prompts) == len(load_pairs(plain_run / "data", "test")) / 2  # each prompt is answered once
     assert found["rows"]["dpo"]["wins_against_sft"]["n"] == len(prompts)
 
 
 def test_a_copy_of_sft_ties_with_it_everywhere(plain_run, tmp_path):
     """The same weights give the same answers, to be scored alike: half of each win, and no KL."""
-    run = tmp_path / "run"
-    shutil.copytree(plain_run, run)
-    shutil.rmtree(run / "dpo")
-    shutil.rmtree(run / "ppo")
+    run = copy_of(plain_run, tmp_path, "dpo", "ppo")
     save_stage(run, "dpo", tiny(1), {"ref": run / "sft"})
     compare_run(run, ALONE, EvalFlags(batch=2))
     row = read_json(run / "eval" / "report.json")["rows"]["dpo"]
     assert row["wins_against_sft"]["mean"] == 0.5 and row["wins_against_sft"]["ties"] == row["wins_against_sft"]["n"]
     assert row["kl_sft"]["mean"] == row["kl_ref"]["mean"] == 0.0
+
+
+def test_a_run_that_was_moved_finds_its_references(plain_run, tmp_path):
+    run = copy_of(plain_run, tmp_path)
+    for name in ("dpo", "ppo"):
+        manifest = read_json(run / name / "manifest.json")
+        manifest["parents"]["ref"]["path"] = str(tmp_path / "where-it-was" / manifest["parents"]["ref"]["path"].rsplit("/", 1)[1])
+        write_json(run / name / "manifest.json", manifest)
+    compare_run(run, ALONE, EvalFlags(models="dpo"))
+    assert read_json(run / "eval" / "report.json")["rows"]["dpo"]["reference"] == "sft"
+    with pytest.raises(CheckpointError, match="is gone or was made anew"):  # dpo's manifest has changed since ppo was trained
+        compare_run(run, ALONE, EvalFlags())
 
 
 # ---- refusals
@@ -238,9 +260,7 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(plain_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(plain_run, run)
-    shutil.rmtree(run / "ppo")
+    run = copy_of(plain_run, tmp_path, "ppo")
     with pytest.raises(UsageError, match="train.py --stage ppo --out"):
         compare_run(run, ALONE, EvalFlags(models="ppo"))
     shutil.rmtree(run / "rm")
@@ -249,10 +269,8 @@ def test_a_missing_stage_names_the_command_that_makes_it(plain_run, tmp_path):
 
 
 def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(plain_run, run)
-    other = tmp_path / "other"
-    shutil.copytree(run / "rm", other)
+    run = copy_of(plain_run, tmp_path)
+    other = shutil.copytree(run / "rm", tmp_path / "other")
     described = read_json(other / "config.json")
     write_json(other / "config.json", {key: value for key, value in described.items() if key != "score_std"})
     with pytest.raises(CheckpointError, match="score_std"):
@@ -260,6 +278,8 @@ def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
     (other / "tokenizer.model").write_bytes(b"another")
     with pytest.raises(CheckpointError, match="not the tokenizer of this run"):
         compare_run(run, ALONE, EvalFlags(reward_model=str(other)))
+    with pytest.raises(CheckpointError, match="language model where a reward model"):
+        compare_run(run, ALONE, EvalFlags(reward_model=str(run / "sft")))
     # a reference made anew after its model was trained, both in the recorded place and in the run
     manifest = read_json(run / "ppo" / "manifest.json")
     manifest["parents"]["ref"]["manifest"] = "0" * 64
@@ -269,10 +289,7 @@ def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
 
 
 def test_broken_weights_stop_the_report(plain_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(plain_run, run)
-    shutil.rmtree(run / "dpo")
-    shutil.rmtree(run / "ppo")
+    run = copy_of(plain_run, tmp_path, "dpo", "ppo")
     broken = tiny(1)
     with torch.no_grad():
         broken.trunk.norm.weight[0] = math.nan
@@ -286,10 +303,14 @@ def test_broken_weights_stop_the_report(plain_run, tmp_path):
 
 
 def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(world_run, plain_run, monkeypatch):
-    asked = []
-    original = Setting.answer
-    monkeypatch.setattr(Setting, "answer", lambda self, model, questions, *a, **k: asked.append(questions[0].prompt) or original(self, model, questions, *a, **k))
-    greedy = EvalFlags(greedy=True)
+    asked, greedy = [], EvalFlags(greedy=True)
+    answer = Setting.answer
+
+    def listen(self, model, questions, *arguments, **options):
+        asked.append(questions[0].prompt)
+        return answer(self, model, questions, *arguments, **options)
+
+    monkeypatch.setattr(Setting, "answer", listen)
     answer_prompt(world_run / "sft", " Name a fruit.\n", False, ALONE, greedy)
     answer_prompt(world_run / "sft", "\n\nHuman: Hi\n\nAssistant:", False, ALONE, greedy)
     answer_prompt(world_run / "sft", "Name a fruit.", True, ALONE, greedy)

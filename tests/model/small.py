@@ -16,6 +16,8 @@ from model.parallel import World
 from model.score import sequence_logps
 from model.transformer import ModelConfig
 
+torch.set_num_threads(1)  # models this small gain nothing from a second thread, and lose much where a core is busy
+
 BOS, EOS, PAD = 1, 2, 3
 SPECIAL = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
 CPU = torch.device("cpu")

@@ -45,13 +45,11 @@ def refusal(folder, kind=LanguageModel, **more):
 def test_a_round_trip_keeps_every_bit(kind, tied, tmp_path):
     config = replace(CONFIG, tied=tied, rope_base=500.0, norm_epsilon=1e-6, kv_heads=1)
     model = stored(tmp_path, kind, config)
-    before = torch.get_rng_state()
     again = load_model(tmp_path, kind)
     assert again.config == config and type(again) is kind
     assert {name: value.tolist() for name, value in again.state_dict().items()} == {
         name: value.tolist() for name, value in model.state_dict().items()
     }
-    assert torch.equal(torch.get_rng_state(), before)
     if kind is LanguageModel:
         assert (again.lm_head.weight is again.trunk.embedding.weight) == tied
 

@@ -1,0 +1,154 @@
+"""Two processes, under DDP and under FSDP2, do what one does: losses, norms, weights, scores, samples, and stopping."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+from small import ALONE, CPU, loud
+
+from data.errors import UsageError
+from model.checkpoint import load_model
+from model.heads import LanguageModel
+from model.parallel import DTYPES, DeviceFlags, World, bare, distribute, gradient_sync, start, whole
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = ("ddp", "fsdp")
+STAGES = ("sft", "rm", "dpo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """results.json, metrics and weights of one process in alone/, of two processes in ddp/ and fsdp/."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "model" / "ranks.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ranks.everything(ALONE, folder / "alone")
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"the processes waited for one another:\n{output[-3000:]}")
+    assert process.returncode == 0, output[-3000:]
+    return folder
+
+
+def results(folder, mode):
+    return json.loads((folder / mode / "results.json").read_text())
+
+
+def steps(folder, mode, stage):
+    """The metric lines without time."""
+    lines = (folder / mode / stage / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in lines]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_norms_and_validation_are_those_of_one_process(mode, stage, folder):
+    expected, found = steps(folder, "alone", stage), steps(folder, mode, stage)
+    assert len(expected) == 6  # three steps, each with a validation of 7 rows
+    if stage == "dpo":  # policy and reference are equal then, and the last bit decides which of two equal rewards is the greater
+        assert {expected[0].pop("accuracy"), found[0].pop("accuracy")} < {k / 14 for k in range(15)}
+    for line, other in zip(expected, found, strict=True):
+        assert other == pytest.approx(line, abs=1e-5, rel=1e-5)
+    assert expected[0]["loss"] != pytest.approx(expected[2]["loss"], abs=1e-3)
+    alone, here = (results(folder, which)[stage] for which in ("alone", mode))
+    assert here["best"] == pytest.approx(alone["best"], abs=1e-5, rel=1e-5) and here["keeps"] == alone["keeps"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_after_three_steps_are_those_of_one_process(mode, stage, folder):
+    for which in ("last", "best"):
+        expected, found = (load_file(folder / m / stage / which / "model.safetensors") for m in ("alone", mode))
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert (tensor - found[name]).abs().max() < 1e-5, name
+    start_weights = loud(ranks.task(stage, 1)[0], seed=4).trunk.norm.weight
+    assert (expected["model.norm.weight"] - start_weights).abs().mean() > 1e-4  # three steps of 1e-4 each; they were taken
+    load_model(folder / mode / stage / "last", ranks.task(stage, 1)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_processes_hold_the_same_weights(mode, folder):
+    assert all(results(folder, mode)[stage]["ranks_agree"] for stage in STAGES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dpo_starts_at_ln_2(mode, folder):
+    assert steps(folder, mode, "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_row_is_scored_once(mode, folder):
+    expected, found = (results(folder, which)["score"] for which in ("alone", mode))
+    assert len(found) == 7 and found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampling_completes_where_one_process_has_ended_at_the_first_token(mode, folder):
+    expected, found = (results(folder, which)["sample"] for which in ("alone", mode))
+    lengths = [sum(token != 0 for token in row) for row in expected["greedy"]]
+    assert lengths == [1, ranks.RESPONSE]
+    assert found["greedy"] == expected["greedy"] and found["sampled"] == expected["sampled"]
+    assert np.abs(np.subtract(found["logp"], expected["logp"])).max() < 1e-5
+    assert found["head_gradient"] == pytest.approx(expected["head_gradient"], abs=1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ("alone", *MODES))
+@pytest.mark.parametrize("what", ("loss", "gradient"))
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(mode, what, folder):
+    outcome = results(folder, mode)["nan"][what]
+    assert outcome["stopped"] == (1 if mode == "alone" else 2)
+    assert outcome["same_weights"] and "rm, step 0" in outcome["message"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_in_pieces_and_bf16(mode, folder):
+    expected, found = (results(folder, which) for which in ("alone", mode))
+    assert found["chunked"] == pytest.approx(expected["chunked"], abs=1e-5)
+    assert found["bf16"]["logp"] == "torch.float32" and found["bf16"]["weights"] == ["torch.float32"]
+    assert found["bf16"]["loss"] == pytest.approx(expected["bf16"]["loss"], abs=2e-2)
+
+
+# ---- without torchrun
+
+
+def test_one_process_needs_no_process_group():
+    world = start(DeviceFlags(device="cpu"))
+    assert world == World(0, 1, CPU, torch.float32, "ddp") and world.is_main
+    assert world.total([1.5, 2]).tolist() == [1.5, 2.0] and world.any(True) and not world.any(False)
+    model = loud(LanguageModel)
+    assert distribute(model, world) is model and bare(model) is model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    distribute(model, world, frozen=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tensor = torch.ones(2)
+    assert whole(tensor) is tensor
+    with gradient_sync(model, last=False):
+        world.barrier()
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_changes_products_where_asked_for(dtype, products):
+    with replace(ALONE, dtype=DTYPES[dtype]).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == products
+
+
+def test_impossible_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: no CUDA device"):
+        start(DeviceFlags(device="cuda"))
+    with pytest.raises(UsageError, match="--parallel fsdp: needs torchrun"):
+        start(DeviceFlags(device="cpu", parallel="fsdp"))
