@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train.py --stage ppo ...    any stage on several GPUs
 
     stage      reads                          writes
-    tokenizer  DIR/data                       DIR/tokenizer    (DIR/data is made from --data by whichever stage comes first)
+    tokenizer  DIR/data                       DIR/tokenizer    (DIR/data is made from --data by whichever of this and mpo comes first)
     sft        tokenizer                      DIR/sft          next-token loss on the chosen responses
     rm         sft                            DIR/rm           Bradley-Terry reward model, fold models, the score of every training pair
     split      rm's scores                    DIR/split        easy and difficult pairs by reward gap
@@ -34,11 +34,12 @@ from data.files import atomic_write, digest, read_json
 from data.flags import add_flags, flag, take_flags
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import format_interval, reward_model_report
-from data.run import Metrics, as_flags
+from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
 from data.tokenizer import Tokenizer, train_tokenizer
 from eval import EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, Pairs, loss_flags
+from model.checkpoint import count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import both_halves, preference_objective, reward_objective, sft_objective
@@ -138,7 +139,11 @@ def with_lr(stage: str, flags, parameters: int):
 
 def tokenizer_stage(run: Run) -> None:
     flags = run.take("tokenizer", TokenizerFlags)
-    with run.stage("tokenizer", as_flags(flags), {"data": run.folder / "data"}) as (folder, _, results):
+    if flags.file:
+        Tokenizer(Path(flags.file))  # one that cannot be used stops the run before anything is written
+    if not run.begins("tokenizer", as_flags(flags), {"data": run.folder / "data"}):
+        return
+    with run.stage("tokenizer") as (folder, _, results):
         path = folder / "tokenizer.model"
         if run.world.is_main and flags.file:
             atomic_write(path, Path(flags.file).read_bytes())
@@ -151,14 +156,17 @@ def tokenizer_stage(run: Run) -> None:
 
 def sft_stage(run: Run) -> None:
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
-    tokenizer = text.tokenizer
+    tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
-        model = text.load(Path(model_flags.init), LanguageModel)
+        parents["init"] = run.parent("sft", model_flags.init)
+        model = text.load(parents["init"], LanguageModel)
     else:
         model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
         initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
     flags = with_lr("sft", flags, parameters(model))
-    with run.stage("sft", as_flags(flags, model_flags), {"tokenizer": run.folder / "tokenizer"}) as (folder, metrics, results):
+    if not run.begins("sft", as_flags(flags, model_flags), parents):
+        return
+    with run.stage("sft") as (folder, metrics, results):
         rows = {part: demonstration_rows(run, text, part) for part in ("train", "validation")}
         results["parameters"] = parameters(model)
         run.say(f"  {results['parameters']:,} parameters, {len(rows['train'])} demonstrations")
@@ -173,10 +181,12 @@ def sft_stage(run: Run) -> None:
 
 def rm_stage(run: Run) -> None:
     flags, text = run.take("rm", RmFlags), open_text(run)
-    init = Path(flags.init) if flags.init else run.parent("sft")
+    init = run.parent("sft", flags.init)
     pad_id, world = text.tokenizer.pad_id, run.world
-    flags = with_lr("rm", flags, parameters(text.load(init, ScalarModel, new_head=True)))
-    with run.stage("rm", as_flags(flags), {"init": init} if not flags.init else {}) as (folder, metrics, results):
+    flags = with_lr("rm", flags, count_parameters(init))
+    if not run.begins("rm", as_flags(flags), {"init": init}):
+        return
+    with run.stage("rm") as (folder, _, results):
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
         prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
         fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % flags.folds for row in train])
@@ -184,12 +194,11 @@ def rm_stage(run: Run) -> None:
         def train_on(rows: list[PairRow], where: Path, name: str):
             """A reward model trained on rows, kept in `where` and read back at its best."""
             model = distribute(text.load(init, ScalarModel, new_head=True, seed=stable_hash(run.flags.seed, name)), world)
-            best = fit(
-                model, reward_objective(pad_id, world.device), rows, validation, flags,
-                stage=name, seed=run.flags.seed, world=world,
-                metrics=metrics if where == folder else Metrics(where / "metrics.jsonl" if world.is_main else None),
-                keep=partial(text.save, model, where, world),
-            )  # fmt: skip
+            with Metrics(where / "metrics.jsonl" if world.is_main else None) as numbers:
+                best = fit(
+                    model, reward_objective(pad_id, world.device), rows, validation, flags,
+                    stage=name, seed=run.flags.seed, world=world, metrics=numbers, keep=partial(text.save, model, where, world),
+                )  # fmt: skip
             world.barrier()
             return distribute(text.load(where, ScalarModel), world, frozen=True), best
 
@@ -232,7 +241,9 @@ def say_reward_model(run: Run, results: dict) -> None:
 def split_stage(run: Run) -> None:
     flags = run.take("split", SplitFlags)
     rm = run.parent("rm")
-    with run.stage("split", as_flags(flags), {"rm": rm}) as (folder, _, results):
+    if not run.begins("split", as_flags(flags), {"rm": rm}):
+        return
+    with run.stage("split") as (folder, _, results):
         scored = [json.loads(line) for line in (rm / "scores.jsonl").read_text().splitlines()]
         pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "train")}
         pairs, gaps = [pair_of[row["id"]] for row in scored], np.array([row["chosen"] - row["rejected"] for row in scored])
@@ -267,12 +278,15 @@ def chosen_loss(run: Run, name: str):
 def dpo_stage(run: Run) -> None:
     flags, text, world = run.take("dpo", DpoFlags), open_text(run), run.world
     loss, arguments = chosen_loss(run, flags.loss)
-    init = Path(flags.init) if flags.init else run.parent("sft")
-    ref_path = Path(flags.ref) if flags.ref else run.parent("sft")
+    init = run.parent("sft", flags.init)
+    ref_path = run.parent("sft", flags.ref)
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
+    flags = with_lr("dpo", flags, count_parameters(init))
+    parents = {"init": init, "ref": ref_path, **({} if ids is None else {"split": run.folder / "split"})}
+    if not run.begins("dpo", as_flags(flags) | arguments, parents):
+        return
     model, ref = text.load(init, LanguageModel), distribute(text.load(ref_path, LanguageModel), world, frozen=True)
-    flags = with_lr("dpo", flags, parameters(model))
-    with run.stage("dpo", as_flags(flags) | arguments, {"init": init, "ref": ref_path}) as (folder, metrics, results):
+    with run.stage("dpo") as (folder, metrics, results):
         train = [row for row in encoded(run, text, "train") if ids is None or row.id in ids]
         validation = encoded(run, text, "validation")
         both = train + validation
@@ -331,22 +345,24 @@ def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[i
 def ppo_stage(run: Run) -> None:
     flags, text, world = run.take("ppo", PpoStageFlags), open_text(run), run.world
     check_ppo_flags(flags)
-    if flags.prompts_per_iteration % world.size:
-        raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {world.size} processes")
-    init = Path(flags.init) if flags.init else run.parent("dpo")
-    ref_path = Path(flags.ref) if flags.ref else run.parent("dpo")
-    rm_path = Path(flags.reward_model) if flags.reward_model else run.parent("rm")
+    init = run.parent("dpo", flags.init)
+    ref_path = run.parent("dpo", flags.ref)
+    rm_path = run.parent("rm", flags.reward_model)
     prompts = training_prompts(run, text, flags)
     policy, reward_model = text.load(init, LanguageModel), text.load(rm_path, ScalarModel)
     described = read_json(rm_path / "config.json")
     if "score_std" not in described:
         raise CheckpointError(f"{rm_path / 'config.json'}: score_mean and score_std are missing; the rm stage fits and stores them")
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
-    flags = with_lr("ppo", flags, parameters(policy))
+    flags = with_lr("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
     same_start = digest(init / "model.safetensors") == digest(ref_path / "model.safetensors")
     parents = {"init": init, "ref": ref_path, "rm": rm_path}
-    with run.stage("ppo", as_flags(flags), parents) as (folder, metrics, results):
+    if not flags.prompts and flags.part != "all":
+        parents["split"] = run.folder / "split"
+    if not run.begins("ppo", as_flags(flags), parents):
+        return
+    with run.stage("ppo") as (folder, metrics, results):
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
         model = distribute(PolicyWithCritic(policy, critic), world)
         ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
@@ -362,12 +378,12 @@ def ppo_stage(run: Run) -> None:
             numbers = summary(rollout, world)
             return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
 
-        def keep() -> None:
+        def keep(snapshot: str) -> None:
             inner = bare(model)
             extra = {"value_head.weight": inner.value_head.weight} if inner.critic is None else {}
-            text.save(inner.policy, folder, world, extra=extra)
+            text.save(inner.policy, folder, world, snapshot, extra=extra)
             if inner.critic is not None:
-                text.save(inner.critic, folder / "critic", world)
+                text.save(inner.critic, folder / snapshot / "critic", world)
 
         results |= train_ppo(
             model, ref, reward_model, prompts, flags, how,
@@ -431,6 +447,8 @@ def check_flags(run: Run, stage: str) -> None:
                 check_split_flags(flags)
             if isinstance(flags, PpoFlags):
                 check_ppo_flags(flags)
+                if flags.prompts_per_iteration % run.world.size:
+                    raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {run.world.size} processes")
             if isinstance(flags, DpoFlags):
                 chosen_loss(run, flags.loss)
 
@@ -451,7 +469,8 @@ def main(arguments: list[str]) -> None:
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
     check_flags(run, stage)
-    if world.is_main:
+    makes_data = stage in ("tokenizer", "mpo")  # every other stage needs the tokenizer first, and must not choose the data by accident
+    if world.is_main and (makes_data or (run.folder / "data" / MANIFEST).exists()):
         prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed)
     world.barrier()
     STAGES[stage](run)

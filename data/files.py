@@ -4,6 +4,7 @@ Every file that a later stage reads is written beside its place, flushed to the 
 one, never half of one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,16 +17,20 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes `content` to `path` (folders are made); raises ResourceError where the disk refuses, and leaves no partial file."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    raw = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ResourceError(f"{path}: cannot be written ({error.strerror}); free space there or choose another --out") from error
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise ResourceError(f"{path}: cannot be written ({error.strerror}); free space there or choose another --out") from error
+        raise
 
 
 def write_json(path: Path, value) -> None:

@@ -6,6 +6,7 @@ A built-in world is first written to disk in its real file format and then read 
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,16 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         raise UsageError(f"--test-share {flags.test_share}, --validation-share {flags.validation_share}: both must lie between 0 and 1")
     if not 0 <= world_flags.flip_rate <= 1:
         raise UsageError(f"--flip-rate {world_flags.flip_rate}: must lie within 0 and 1")
-    begin_stage(folder, described)
+    begin_stage(folder, described, {})
+    try:
+        make_data(folder, flags, world_flags, seed, described)
+    except (UsageError, DataError):
+        shutil.rmtree(folder)  # nothing of value is in it, and the corrected command can simply be run
+        raise
+
+
+def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int, described: dict) -> None:
+    """Fills `folder`, in which nothing stands yet; says how many rows there are and why others were left out."""
     spec, test_spec = flags.data, flags.test_data
     if spec in WORLDS:
         options = dataclasses.asdict(world_flags)
@@ -87,7 +97,9 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     if flags.demonstrations:
         write_demonstrations(folder, flags, {pair.prompt for pair in test})
-    finish_stage(folder, "data", described, {}, {"pairs": counts, "left_out": left_out, "shared_with_test": shared})
+    reasons = "; ".join(f"{count} left out: {reason}" for reason, count in left_out.items())
+    print(f"[data] {', '.join(f'{count} {part}' for part, count in counts.items())} pairs" + (f"; {reasons}" if reasons else ""))
+    finish_stage(folder, "data", {"pairs": counts, "left_out": left_out, "shared_with_test": shared})
 
 
 def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) -> tuple[list[Pair], int]:

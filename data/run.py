@@ -6,6 +6,7 @@ differ between two equal runs (seconds) stand under the key "time" alone.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -13,31 +14,59 @@ from pathlib import Path
 from data.errors import CheckpointError, ResourceError, UsageError
 from data.files import digest, read_json, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # the last file of a stage's folder
+FLAGS = "flags.json"  # its first: flags and parents, which are its key
 
 
-def begin_stage(folder: Path, flags: dict) -> None:
-    """Makes a stage's folder and writes its flags; raises UsageError where the folder already holds a run, ResourceError where it cannot
-    be written."""
+def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
+    """Makes a stage's folder and writes its key: flags, and parents by the digest of their manifests. False where the stage is finished
+    with the same key, and so need not run.
+
+    Raises UsageError where the folder holds a finished run with another key, or an unfinished one; ResourceError where it cannot be written.
+    """
     folder = Path(folder)
+    key = {"flags": flags, "parents": {name: parent_key(path) for name, path in parents.items()}}
+    way_out = "choose another --out, or remove the folder to make it anew"
     if (folder / MANIFEST).exists():
-        raise UsageError(f"{folder}: this stage is finished already; choose another --out, or remove the folder to make it anew")
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder}: holds an unfinished run; remove the folder to start over, or choose another --out")
-    write_json(folder / "flags.json", flags)
+        made = read_json(folder / MANIFEST)
+        differences = [
+            f"{name} was {made[group].get(name)}, is {key[group].get(name)}"
+            for group in key
+            for name in sorted({*made[group], *key[group]})
+            if made[group].get(name) != key[group].get(name)
+        ]
+        if differences:
+            raise UsageError(f"{folder}: finished with other settings ({'; '.join(differences)}); {way_out}")
+        return False
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: holds an unfinished run; {way_out}")
+    write_json(folder / FLAGS, key)
+    return True
 
 
-def finish_stage(folder: Path, stage: str, flags: dict, parents: dict[str, Path], results: dict) -> None:
+def parent_key(folder: Path) -> dict[str, str]:
+    """What identifies a parent: its path, and the digest of its manifest, or of its weights where it comes from elsewhere."""
+    ours = (Path(folder) / MANIFEST).exists()
+    return {"path": str(folder), **({"manifest": digest(Path(folder) / MANIFEST)} if ours else {"weights": digest(Path(folder) / "model.safetensors")})}
+
+
+def code_version() -> str:
+    """A digest of this program's source files: recorded, so that one can tell; no part of a stage's key."""
+    root = Path(__file__).parent.parent
+    files = sorted(p for room in ("data", "losses", "model", "rl", ".") for p in (root / room).glob("*.py"))
+    return hashlib.sha256("".join(digest(p) for p in files).encode()).hexdigest()[:16]
+
+
+def finish_stage(folder: Path, stage: str, results: dict) -> None:
     """Writes the manifest, which makes the folder count. `results`: numbers worth keeping."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST or p.parent != folder and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "stage": stage,
-        "flags": flags,
-        "parents": {name: {"path": str(path), "manifest": digest(Path(path) / MANIFEST)} for name, path in parents.items()},
+        **read_json(folder / FLAGS),
         "results": results,
         "files": {str(p.relative_to(folder)): digest(p) for p in files},
-        "python": platform.python_version(),
+        "versions": {"code": code_version(), "python": platform.python_version()},
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -74,6 +103,13 @@ class Metrics:
                 self.file = open(path, "a", buffering=1, encoding="utf-8")
             except OSError as error:
                 raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file:
+            self.file.close()
 
     def log(self, **numbers) -> None:
         """Writes one line. Floats that JSON cannot hold become null."""

@@ -137,6 +137,12 @@ def save_model(
         write_json(Path(folder) / CONFIG, described | (extra_config or {}))
 
 
+def count_parameters(folder: Path) -> int:
+    """Parameters of the model in a folder, from its config.json alone."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LanguageModel(config_from_json(read_json(Path(folder) / CONFIG), Path(folder) / CONFIG)).parameters())
+
+
 def load_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, new_head: bool = False, seed: int = 0) -> nn.Module:
     """A LanguageModel or ScalarModel from a folder in the published layout, in fp32 on the CPU.
 

@@ -26,12 +26,13 @@ class FitFlags:
     lr: float | None = flag(None, "peak learning rate (default: by stage and model size, printed at the start)", positive=True)
     epochs: float = flag(3.0, "passes over the training rows; parts of one are possible", positive=True)
     batch_size: int = flag(32, "rows per optimiser step, over all processes", positive=True)
-    micro_batch: int = flag(32, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
+    micro_batch: int = flag(8, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(8, "how often the validation rows are looked at", positive=True)
     patience: int = flag(2, "stop after so many validations without a better one", positive=True)
+    snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-STEP, for eval.py to look at")
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,12 @@ def fit(
     seed: int,
     world: World,
     metrics: Metrics,
-    keep: Callable[[], None],
+    keep: Callable[[str], None],
     at_first: Callable[[dict], None] = lambda numbers: None,
     at_validation: Callable[[dict], bool] = lambda numbers: False,
 ) -> dict[str, float]:
-    """Trains `model` and calls keep() whenever the validation loss is the best so far; the model as it came in counts as step -1.
+    """Trains `model`; keep("") saves it as the best so far by validation loss, keep("snapshot-...") as one of a series that ends with the
+    last. The model as it came in counts as step -1.
 
     at_first(numbers) sees the first step's metrics before any weight moves; at_validation(numbers) may add to a validation's numbers and
     ends training by returning True, before keep(). Returns the best validation's numbers with its step. Raises NumericalError as soon as
@@ -110,7 +112,7 @@ def fit(
     every = -(-len(steps) // flags.validations)
     best = {**evaluate(model, objective, validation, flags.micro_batch, world), "step": -1}
     at_validation(best)
-    keep()
+    keep("")
     since_best = 0
     bar = tqdm(steps, desc=stage, disable=not world.is_main, mininterval=1.0)
     began = time.perf_counter()
@@ -133,12 +135,14 @@ def fit(
                 raise NumericalError(f"{where}: the validation loss is {checked['loss']}; the last weights kept are good; try a smaller --lr")
             stop = at_validation(checked)
             metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            if flags.snapshots:
+                keep(f"snapshot-{step + 1:05d}")
             if stop:
                 break
             since_best += 1
             if checked["loss"] < best["loss"]:
                 best, since_best = {**checked, "step": step}, 0
-                keep()
+                keep("")
             if since_best >= flags.patience:
                 break
     return best

@@ -20,8 +20,8 @@ CHUNK = 4096  # response tokens whose logits exist at a time
 
 
 class TokenScores(NamedTuple):
-    """What a policy says of given tokens. Column t of `logp` and `entropy` (B, T-1) is about token t+1, 0 off the mask; entropy, a
-    metric without gradient, only where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t."""
+    """What a policy says of given tokens. Column t of `logp` and `entropy` (B, T-1) is about token t+1, 0 off the mask; entropy only
+    where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t."""
 
     logp: Tensor
     entropy: Tensor | None = None
@@ -65,7 +65,7 @@ def score_tokens(
 
     def chunk_scores(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = lm_head(states)
-        spread = entropy(logits.detach(), temperature) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
+        spread = entropy(logits, temperature) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
         return token_logps(logits, targets, temperature), spread
 
     if len(states) <= CHUNK:

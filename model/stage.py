@@ -1,10 +1,12 @@
 """What every stage shares: its run, its folder, its tokenizer, and rows of ids made with that tokenizer.
 
-A stage asks its `Run` for flags and parents, does its work inside `with run.stage(...)`, and leaves a manifest when that ends well.
+A stage asks its `Run` for flags and parents and whether it has to run, works inside `with run.stage(...)`, and leaves a manifest when that
+ends well.
 """
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +15,13 @@ from pathlib import Path
 from torch import nn
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
-from data.errors import CheckpointError, DataError, UsageError
+from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.files import atomic_write, digest
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
-from data.run import Metrics, begin_stage, finish_stage, open_stage
+from data.run import FLAGS, MANIFEST, Metrics, begin_stage, finish_stage, open_stage
 from data.tokenizer import Tokenizer
-from model.checkpoint import load_model, save_model
+from model.checkpoint import WEIGHTS, load_model, save_model
 from model.parallel import World
 
 
@@ -47,32 +49,52 @@ class Run:
         budget = {name: value for name, value in self.budgets.get(stage, {}).items() if name in known}
         return take_flags(group, self.given, f"{stage}_" if self.chain else "", **budget)
 
-    def parent(self, stage: str) -> Path:
-        """Folder of a finished stage of this run; raises UsageError with the command that makes it."""
-        folder = self.folder / stage
-        open_stage(folder, f"python train.py --stage {stage} --out {self.folder}", (stage,))
+    def parent(self, stage: str, given: str | None = None) -> Path:
+        """Folder of a finished stage of this run; raises UsageError with the command that makes it.
+
+        given: a folder that a flag names in its place. It may come from elsewhere, but must not be a stage of ours that stopped half-way.
+        """
+        if not given:
+            folder = self.folder / stage
+            open_stage(folder, f"python train.py --stage {stage} --out {self.folder}", (stage,))
+        elif (folder := Path(given)) and ((folder / MANIFEST).exists() or (folder / FLAGS).exists()):
+            open_stage(folder, "python train.py --stage ...")
         return folder
 
+    def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
+        """Whether a stage has to run: its folder is made and its flags are shown; or it is finished with the same key, and that is said."""
+        folder, flags = self.folder / name, flags | {"seed": self.flags.seed}
+        finished = self.world.any(self.world.is_main and not begin_stage(folder, flags, parents))
+        shown = " ".join(f"{key}={value}" for key, value in flags.items() if value is not None)
+        self.say(f"\n[{name}] is finished already, in {folder}" if finished else f"\n[{name}] {shown}")
+        return not finished
+
     @contextlib.contextmanager
-    def stage(self, name: str, flags: dict, parents: dict[str, Path]) -> Iterator[tuple[Path, Metrics, dict]]:
+    def stage(self, name: str) -> Iterator[tuple[Path, Metrics, dict]]:
         """A stage's folder, metrics and dict of results, which make the manifest when the block ends well."""
         folder, results, began = self.folder / name, {}, time.perf_counter()
-        flags = flags | {"seed": self.flags.seed}
-        if self.world.is_main:
-            begin_stage(folder, flags)
-            shown = " ".join(f"{key}={value}" for key, value in flags.items() if value is not None)
-            print(f"\n[{name}] {shown}")
+        try:
+            with Metrics(folder / "metrics.jsonl" if self.world.is_main else None) as metrics:
+                yield folder, metrics, results
+        except Stop:
+            if self.world.is_main:
+                leave_no_trace(folder)
+            raise
         self.world.barrier()
-        yield folder, Metrics(folder / "metrics.jsonl" if self.world.is_main else None), results
-        self.world.barrier()
         if self.world.is_main:
-            finish_stage(folder, name, flags, parents, results)
-            print(f"[{name}] made {folder} in {time.perf_counter() - began:.0f} s")
+            finish_stage(folder, name, results)
+        self.say(f"[{name}] made {folder} in {time.perf_counter() - began:.0f} s")
         self.world.barrier()
 
     def say(self, text: str) -> None:
         if self.world.is_main:
             print(text)
+
+
+def leave_no_trace(folder: Path) -> None:
+    """Removes a stage's folder in which nothing was made yet, so that the corrected command can simply be run."""
+    if not any(path.stat().st_size for path in folder.iterdir() if path.name != FLAGS):
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -84,12 +106,13 @@ class Text:
     max_prompt: int
     max_response: int
 
-    def save(self, model, folder: Path, world: World, **extra) -> None:
-        """Weights, config and tokenizer of a model into a stage's folder."""
+    def save(self, model: nn.Module, folder: Path, world: World, snapshot: str = "", **extra) -> None:
+        """Weights, config and tokenizer of a model into a stage's folder, or into a snapshot's folder there."""
+        folder = Path(folder) / snapshot
         ids = {"bos_id": self.tokenizer.bos_id, "eos_id": self.tokenizer.eos_id, "pad_id": self.tokenizer.pad_id}
         save_model(model, folder, special_ids=ids, is_main=world.is_main, **extra)
         if world.is_main:
-            atomic_write(Path(folder) / "tokenizer.model", self.path.read_bytes())
+            atomic_write(folder / "tokenizer.model", self.path.read_bytes())
 
     def load(self, folder: Path, kind, **options):
         """A model from a folder; raises CheckpointError where it was made with another tokenizer."""

@@ -42,7 +42,7 @@ class PpoFlags:
     prompts_per_iteration: int = flag(128, "responses sampled per round, over all processes", positive=True)
     passes: int = flag(2, "passes over each round's responses", positive=True)
     minibatch: int = flag(64, "responses per optimiser step, over all processes", positive=True)
-    micro_batch: int = flag(64, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
+    micro_batch: int = flag(16, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
     temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
     kl_coef: float = flag(0.05, "cost of one nat of KL to the reference, in units of score")
     kl_target: float | None = flag(None, "adapt the coefficient towards this KL per sequence (default: coefficient stays)", positive=True)
@@ -53,6 +53,7 @@ class PpoFlags:
     ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
     value_clip: float | None = flag(0.2, "values move at most so far from the old ones in one round", positive=True)
     value_coef: float = flag(0.5, "weight of the value loss")
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     critic: str = flag("trunk", "value head on the policy's trunk, or a model of its own from the reward model", choices=("trunk", "separate"))
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
@@ -62,6 +63,7 @@ class PpoFlags:
     weight_decay: float = flag(0.0, "AdamW's decay of matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(6, "how often the validation prompts are answered", positive=True)
+    snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-ROUND, for eval.py to look at")
 
 
 def check_ppo_flags(flags: PpoFlags) -> None:
@@ -105,15 +107,18 @@ def moments_over_ranks(x: Tensor, mask: Tensor, world: World) -> tuple[Tensor, T
 def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float, flags: PpoFlags) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss over the response tokens of some rows (n,), and summed metrics."""
     rollout = batch.rollout
-    mask = rollout.mask[rows]
-    scored = model(rollout.tokens[rows], rollout.response_mask[rows], temperature=flags.temperature)
-    old_logp = rollout.logp[rows]
-    policy_losses, stats = policy_loss(scored.logp, old_logp, batch.advantages[rows], mask, flags.ratio_clip)
-    value_losses = value_loss(scored.values[:, :-1], rollout.values[rows, :-1], batch.returns[rows], mask, flags.value_clip)
-    total = masked_sum(policy_losses, mask).sum() + flags.value_coef * masked_sum(value_losses, mask).sum()
+    width = int(rollout.lengths[rows].max())  # columns that are padding in all of these rows are left out
+    scored = model(rollout.tokens[rows, :width], rollout.response_mask[rows, :width], temperature=flags.temperature)
+    mask, old_logp, ref_logp, old_values, advantages, returns = (
+        x[rows, : width - 1] for x in (rollout.mask, rollout.logp, rollout.ref_logp, rollout.values, batch.advantages, batch.returns)
+    )
+    policy_losses, stats = policy_loss(scored.logp, old_logp, advantages, mask, flags.ratio_clip)
+    value_losses = value_loss(scored.values[:, :-1], old_values, returns, mask, flags.value_clip)
+    entropy = masked_sum(scored.entropy, mask).sum()
+    total = masked_sum(policy_losses, mask).sum() + flags.value_coef * masked_sum(value_losses, mask).sum() - flags.entropy_coef * entropy
     if flags.kl_placement == "loss":
         penalty = k2 if flags.kl_estimator == "k2" else k3
-        total = total + kl_coef * penalty(scored.logp, rollout.ref_logp[rows], mask).sum()
+        total = total + kl_coef * penalty(scored.logp, ref_logp, mask).sum()
     with torch.no_grad():
         metrics = {
             "policy_loss": policy_losses.sum(),
@@ -121,7 +126,7 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
             "clip_share": stats.clipped.sum(),
             "overflow": stats.overflow.sum(),
             "kl_old_tok": k3(old_logp, scored.logp, mask).sum(),
-            "entropy": masked_sum(scored.entropy, mask).sum(),
+            "entropy": entropy.detach(),
         }
         largest = torch.where(mask, (scored.logp - old_logp).abs(), 0.0).max()
     return total, metrics | {"largest_log_ratio": largest}
@@ -150,10 +155,12 @@ def update(
     for index, chosen in enumerate(order):
         model.train()
         mine = torch.from_numpy(chosen[chosen % world.size == world.rank] // world.size).to(batch.returns.device)
+        mine = mine[batch.rollout.lengths[mine].argsort()]  # micro-batches of like lengths have little padding
         most = max(int((chosen % world.size == rank).sum()) for rank in range(world.size))
         rounds = -(-most // flags.micro_batch)
         count = int(lengths[chosen].sum())
         numbers: dict[str, float] = {}
+        largest = 0.0  # |log ratio| over this process's micro-batches
         for turn in range(rounds):
             rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
             counts = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
@@ -161,15 +168,15 @@ def update(
                 with world.autocast():
                     total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
                 (total * (world.size / count if counts else 0.0)).backward()
+            largest = max(largest, float(metrics.pop("largest_log_ratio")) if counts else 0.0)
             for name, value in metrics.items():
                 numbers[name] = numbers.get(name, 0.0) + (float(value) if counts else 0.0)
-        largest = numbers.pop("largest_log_ratio")
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
         where = f"ppo, iteration {iteration}, update {index}"
         if not all(map(math.isfinite, totals.values())):
             raise NumericalError(f"{where}: {totals} is not finite; the weights are as they were before this update")
         if index == 0:
-            check_first_ratio(world, largest, where)
+            first_log_ratio = check_first_ratio(world, largest, where)
         norm = clipped_step(model, optimiser, lr, flags.clip, where)
         totals["grad_norm"] = norm * count
         for name, value in totals.items():
@@ -177,17 +184,22 @@ def update(
         tokens_seen += count
         if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
             break
-    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": index + 1}
+    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": index + 1, "first_ratio": math.exp(first_log_ratio)}
 
 
-def check_first_ratio(world: World, largest: float, where: str) -> None:
-    """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio."""
-    bound = 2e-2 * 10 if world.dtype == torch.bfloat16 else 1e-4
-    if world.any(largest > bound):
+def check_first_ratio(world: World, largest: float, where: str) -> float:
+    """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio. Returns the largest |log ratio|
+    of all processes; raises NumericalError where it is not 0 up to rounding."""
+    everyone = np.zeros(world.size)
+    everyone[world.rank] = largest
+    largest = float(world.total(everyone).max())
+    bound = 0.2 if world.dtype == torch.bfloat16 else 1e-4
+    if largest > bound:
         raise NumericalError(
             f"{where}: the first ratio is not 1: a log ratio of {largest:.2e} (bound {bound}); old log-probabilities and update do not"
             " see the same model, tokens or temperature"
         )
+    return largest
 
 
 def summary(rollout: Rollout, world: World) -> dict[str, float]:
@@ -226,17 +238,17 @@ def train_ppo(
     world: World,
     metrics: Metrics,
     validate: Callable[[], dict[str, float]],
-    keep: Callable[[], None],
+    keep: Callable[[str], None],
 ) -> dict[str, float]:
-    """Trains a PolicyWithCritic on prompts (lists of ids) and calls keep() whenever validation's "objective" is the best so far; the
-    model as it came in counts as step -1.
+    """Trains a PolicyWithCritic on prompts (lists of ids) and keep("") saves the best so far by validation's "objective",
+    keep("snapshot-...") one of a series that ends with the last. The model as it came in counts as step -1.
 
     same_start: policy and reference have the same weights, so the first KL must be 0. validate() -> numbers with "objective", on
     prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails.
     """
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
     kl_coef, best, warned, began = flags.kl_coef, {**validate(), "step": -1}, False, time.perf_counter()
-    keep()
+    keep("")
     steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
     every = max(1, len(steps) // flags.validations)
     bar = tqdm(steps, desc="ppo", disable=not world.is_main, mininterval=1.0)
@@ -274,9 +286,11 @@ def train_ppo(
         if (iteration + 1) % every == 0 or iteration + 1 == len(steps):
             checked = validate()
             metrics.log(step=iteration, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            if flags.snapshots:
+                keep(f"snapshot-{iteration + 1:05d}")
             if checked["objective"] > best["objective"]:
                 best = {**checked, "step": iteration}
-                keep()
+                keep("")
     return best
 
 

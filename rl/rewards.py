@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.errors import NumericalError
+from losses.masked import masked_sum
 
 
 def normalise_scores(raw: Tensor, ended: Tensor, mean: float, std: float, end_penalty: float) -> Tensor:
@@ -33,7 +34,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     last = torch.where(mask, columns, -1).amax(dim=1)
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, last] += scores
-    excess = rewards.sum(dim=1) - (scores - kl_coef * kl.sum(dim=1))  # (3)
+    excess = masked_sum(rewards, mask) - (scores - kl_coef * kl.sum(dim=1))  # (3), over real actions: a row without any has no place for its score
     if not bool((excess.abs() <= 1e-3 * (1 + scores.abs() + kl_coef * kl.abs().sum(dim=1))).all()):
         raise NumericalError(f"rewards do not sum to score minus KL cost: largest difference {float(excess.abs().max()):.3g}")
     return rewards

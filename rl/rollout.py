@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import stable_hash
@@ -38,6 +39,7 @@ class Rollout:
     tokens: Tensor  # (B, T) right-padded prompt and response
     response_mask: Tensor  # (B, T) bool
     ended: Tensor  # (B,) bool
+    lengths: Tensor  # (B,) real tokens, prompt and response
     scores: Tensor  # (B,) in standard deviations of the reward model, end penalty subtracted
     raw_scores: Tensor  # (B,) in log-odds
     logp: Tensor  # (B, T-1) of the policy that sampled
@@ -99,24 +101,29 @@ def roll_out(
     tokens, response_mask, ended = responses
     lap("generate")
 
-    def in_parts(read) -> list[Tensor]:
-        """read(rows) on micro-batches; its results joined."""
-        with world.autocast():
-            parts = [read(slice(i, i + micro_batch)) for i in range(0, len(tokens), micro_batch)]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-    # 2. what the policy and its critic say of it
-    logp, entropy, values = in_parts(lambda rows: policy(tokens[rows], response_mask[rows], temperature=sampling.temperature))
-    lap("policy")
-    # 3. what the reference says of it
-    (ref_logp,) = in_parts(lambda rows: (ref(tokens[rows], response_mask[rows], temperature=sampling.temperature).logp,))
-    lap("reference")
-    # 4. what the reward model says of it: the text up to the end token, nothing after
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = torch.where(response_mask, columns + 1, 0).amax(dim=1)
-    (raw_scores,) = in_parts(lambda rows: (reward_model(tokens[rows], lengths[rows]),))
+
+    def in_parts(read) -> list[Tensor]:
+        """read(tokens, response_mask, lengths) on micro-batches of rows of like length; its results joined in row order, 0 on padding."""
+        order, parts = lengths.argsort(), []
+        for rows in order.split(micro_batch):
+            width = int(lengths[rows].max())
+            with world.autocast():
+                results = read(tokens[rows, :width], response_mask[rows, :width], lengths[rows])
+            parts.append([F.pad(x, (0, tokens.shape[1] - width)) if x.dim() == 2 else x for x in results])
+        return [torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True)]
+
+    # 2. what the policy and its critic say of it
+    logp, entropy, values = in_parts(lambda x, mask, _: policy(x, mask, temperature=sampling.temperature))
+    lap("policy")
+    # 3. what the reference says of it
+    (ref_logp,) = in_parts(lambda x, mask, _: (ref(x, mask, temperature=sampling.temperature).logp,))
+    lap("reference")
+    # 4. what the reward model says of it: the text up to the end token, nothing after
+    (raw_scores,) = in_parts(lambda x, _, real: (reward_model(x, real),))
     scores = normalise_scores(raw_scores, ended, sampling.score_mean, sampling.score_std, sampling.end_penalty)
     lap("score")
     # 5. how far the policy has gone from the reference
     kl = k1(logp, ref_logp, response_mask[:, 1:])
-    return Rollout(tokens, response_mask, ended, scores, raw_scores, logp, ref_logp, kl, entropy, values), seconds
+    return Rollout(tokens, response_mask, ended, lengths, scores, raw_scores, logp, ref_logp, kl, entropy, values), seconds

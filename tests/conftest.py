@@ -20,3 +20,14 @@ def real_data() -> Path:
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Path:
+    """A run of `--stage mpo` on the world advice with the smallest budgets, made once. Only to be read: tests copy it before they go on."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("chain") / "run"
+    output = runs.command("--stage", "mpo", "--out", folder, *runs.WORLD, *runs.TINY)
+    (folder.parent / "output.txt").write_text(output)
+    return folder

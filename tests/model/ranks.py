@@ -28,7 +28,7 @@ from model.objectives import preference_objective
 from model.parallel import DeviceFlags, bare, distribute, start, stop, whole
 from model.score import reward_scores, to_tensors
 
-FLAGS = FitFlags(lr=1e-4, epochs=1, batch_size=7, micro_batch=2, warmup=0.0, clip=0.5, validations=3, patience=9)
+FLAGS = FitFlags(lr=1e-4, epochs=1, batch_size=7, micro_batch=2, warmup=0.0, clip=0.5, validations=3, patience=9, snapshots=False)
 STEPS = 3  # 19 rows: 7, 7 and 5
 RESPONSE = 9
 
@@ -46,7 +46,7 @@ def train(world, folder, name):
     saved = []
     best = fit(
         model, objective, rows, validation, FLAGS, stage=name, seed=1, world=world, metrics=metrics,
-        keep=lambda: saved.append(save_model(model, folder / "best", special_ids=SPECIAL, is_main=world.is_main)),
+        keep=lambda snapshot: saved.append(save_model(model, folder / "best", special_ids=SPECIAL, is_main=world.is_main)),
     )  # fmt: skip
     save_model(model, folder / "last", special_ids=SPECIAL, is_main=world.is_main)
     checksum = sum(float(whole(parameter.detach()).double().abs().sum()) for parameter in model.parameters())
@@ -113,7 +113,7 @@ def stop_on_nan(world):
         before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
         try:
             broken = dataclasses.replace(objective, loss=loss)
-            fit(model, broken, rows, rows, FLAGS, stage="rm", seed=0, world=world, metrics=Metrics(None), keep=lambda: None)
+            fit(model, broken, rows, rows, FLAGS, stage="rm", seed=0, world=world, metrics=Metrics(None), keep=lambda snapshot: None)
         except NumericalError as error:
             same = all(torch.equal(whole(p.detach()), old) for p, old in zip(model.parameters(), before, strict=True))
             outcome[name] = {"stopped": float(world.total([1.0])[0]), "same_weights": same, "message": str(error)}
@@ -139,7 +139,7 @@ def in_bf16(world):
     with world.autocast():
         logp = model(tokens, mask).logp
     flags = dataclasses.replace(FLAGS, validations=1)
-    best = fit(model, objective, rows, rows, flags, stage="sft", seed=0, world=world, metrics=Metrics(None), keep=lambda: None)
+    best = fit(model, objective, rows, rows, flags, stage="sft", seed=0, world=world, metrics=Metrics(None), keep=lambda snapshot: None)
     types = sorted({str(parameter.dtype) for parameter in model.parameters()})
     return {"logp": str(logp.dtype), "weights": types, "loss": best["loss"]}
 

@@ -22,7 +22,7 @@ from model.objectives import preference_objective, sft_objective
 from model.optim import clipped_step, lr_at, make_optimiser
 
 TASKS = ("sft", "rm", "dpo")
-FLAGS = FitFlags(lr=1e-3, epochs=1, batch_size=4, micro_batch=2, validations=2, patience=9)
+FLAGS = FitFlags(lr=1e-3, epochs=1, batch_size=4, micro_batch=2, validations=2, patience=9, snapshots=False)
 
 
 def flat(tensors):
@@ -40,7 +40,7 @@ def gradient(model, objective, rows, micro_batch):
 
 
 def run_fit(model, objective, rows, path=None, flags=FLAGS, validation=None, **more):
-    options = {"stage": "test", "seed": 7, "world": ALONE, "keep": lambda: None} | more
+    options = {"stage": "test", "seed": 7, "world": ALONE, "keep": lambda snapshot: None} | more
     return fit(model, objective, rows, validation or rows[:3], flags, metrics=Metrics(path), **options)
 
 
@@ -155,6 +155,9 @@ def test_the_dpo_objective_equals_the_formula_on_sums_over_response_tokens():
     numbers = evaluate(model, objective, pairs, 2, ALONE)
     assert numbers["loss"] == pytest.approx(sum(losses) / 5, abs=1e-4)
     assert numbers["margin"] == pytest.approx(sum(margins) / 5, abs=1e-4)
+    with torch.no_grad():
+        fall = sum(float(summed_nll(model, [pair.chosen])[0] - summed_nll(ref, [pair.chosen])[0]) for pair in pairs) / 5
+    assert abs(fall) > 0.1 and numbers["chosen_fall"] == pytest.approx(fall, abs=1e-4)
     assert numbers["accuracy"] == sum(margin > 0 for margin in margins) / 5
 
 
@@ -243,18 +246,28 @@ def test_weights_are_kept_where_validation_is_best_and_patience_ends_training(tm
     path, kept = tmp_path / "metrics.jsonl", []
     best = run_fit(
         loud(task("rm", 1)[0]), objective, rows, path, replace(FLAGS, validations=10, patience=2), validation=rows[:1],
-        keep=lambda: kept.append(len(lines(path))),
+        keep=lambda snapshot: kept.append((snapshot, len(lines(path)))),
     )  # fmt: skip
     assert best == {"loss": 3.0, "step": 3}
-    assert kept == [0, 2, 4, 8]  # at the start, and after the validations of steps 0, 1 and 3, of two lines each
+    assert kept == [("", 0), ("", 2), ("", 4), ("", 8)]  # at the start, and after the validations of steps 0, 1 and 3, of two lines each
     assert [line["valid_loss"] for line in lines(path) if "valid_loss" in line] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5]
+
+
+def test_every_validation_leaves_a_snapshot_and_the_last_is_of_the_last_weights():
+    kind, rows, objective = task("rm", 10)
+    model, kept = loud(kind), {}
+    run_fit(
+        model, objective, rows, flags=replace(FLAGS, snapshots=True, validations=3), keep=lambda name: kept.update({name: weights(model)})
+    )
+    assert sorted(kept) == ["", "snapshot-00001", "snapshot-00002", "snapshot-00003"]
+    assert torch.equal(kept["snapshot-00003"], weights(model)) and not torch.equal(kept["snapshot-00002"], weights(model))
 
 
 def test_weights_that_training_only_makes_worse_are_kept_as_they_came():
     rows, objective = scripted([1.0, 2.0, 3.0, 0.5])
     kept = []
     flags = replace(FLAGS, validations=10, patience=2)
-    best = run_fit(loud(task("rm", 1)[0]), objective, rows, flags=flags, validation=rows[:1], keep=lambda: kept.append(1))
+    best = run_fit(loud(task("rm", 1)[0]), objective, rows, flags=flags, validation=rows[:1], keep=lambda snapshot: kept.append(1))
     assert best == {"loss": 1.0, "step": -1} and len(kept) == 1
 
 
@@ -263,7 +276,7 @@ def test_a_validation_may_end_training_before_its_weights_are_kept():
     kept = []
     best = run_fit(
         loud(task("rm", 1)[0]), objective, rows, flags=replace(FLAGS, validations=10), validation=rows[:1],
-        keep=lambda: kept.append(1), at_validation=lambda numbers: numbers["loss"] < 4.5,
+        keep=lambda snapshot: kept.append(1), at_validation=lambda numbers: numbers["loss"] < 4.5,
     )  # fmt: skip
     assert best == {"loss": 5.0, "step": 0} and len(kept) == 2
 
