@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,30 +32,29 @@ import torch
 from tqdm import tqdm
 
 from data.batches import Row, encode_prompt, encode_response, stable_hash
-from data.errors import CheckpointError, DataError, NumericalError, Stop, UsageError
+from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import ASSISTANT, HUMAN, Pair
-from data.files import atomic_write, digest, read_json, write_json
+from data.files import atomic_write, read_json, write_json
 from data.flags import add_flags, flag, take_flags
 from data.prepare import load_pairs
-from data.report import accuracy, distinct_n, format_interval, markdown_table, t_interval
-from data.run import MANIFEST, open_stage
+from data.report import distinct_n, mean, report_text, share, wins
+from data.run import MANIFEST, open_stage, parent_key
 from data.synthetic import WORLDS, best_response, kind, true_reward, well_formed
 from data.tokenizer import Tokenizer
-from losses.kl import exact_kl
-from model.checkpoint import CONFIG, load_model
+from model.checkpoint import CONFIG, WEIGHTS
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import DeviceFlags, World, start, stop
-from model.score import for_each_row, reward_scores, to_tensors
+from model.score import reward_scores, sequence_kls
+from model.stage import Text
 
 STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
-LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while the KL is computed
 SHOWN, QUICK_PROMPTS = 3, 64  # prompts whose answers are printed; prompts under --quick
 
 
 @dataclass(frozen=True)
 class EvalFlags:
-    models: str | None = flag(None, "names of the run's models, with commas between (default: all that are finished)")
+    models: str | None = flag(None, "of the run, with commas between; also sft/snapshot-* (default: the models of all finished stages)")
     prompts: int = flag(500, "how many test prompts are answered, the first in the order of their hashes", positive=True)
     greedy: bool = flag(False, "answer with the likeliest token, in place of sampling")
     temperature: float = flag(1.0, "of sampled answers", positive=True)
@@ -102,32 +100,25 @@ class Answers:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all models of one comparison share."""
+    """What all models of one comparison share; world_name: the built-in world whose true reward judges, if one does."""
 
-    tokenizer: Tokenizer
-    max_prompt: int
-    max_response: int
+    text: Text
     world: World
     flags: EvalFlags
-    world_name: str | None = None  # the built-in world whose true reward judges, if one does
+    world_name: str | None = None
 
     def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
-        """A model ready to answer or to judge; raises CheckpointError for another tokenizer's, UsageError for one with too little room."""
-        theirs = folder / "tokenizer.model"
-        if theirs.exists() and digest(theirs) != self.tokenizer.digest:
-            raise CheckpointError(f"{theirs}: is not the tokenizer of this run; its ids mean other words")
-        model, room = load_model(folder, architecture), self.max_prompt + self.max_response
-        if model.config.context < room:
-            raise UsageError(f"{folder}: a context of {model.config.context} tokens is less than --max-prompt + --max-response = {room}")
-        return model.to(self.world.device).requires_grad_(False).eval()
+        """A model ready to answer or to judge; raises CheckpointError or UsageError where it does not fit the run."""
+        return self.text.load(folder, architecture).to(self.world.device).requires_grad_(False).eval()
 
     def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
         """Given texts as answers."""
-        ids = [encode_response(text, self.tokenizer, self.max_response)[0] for text in texts]
+        ids = [encode_response(text, self.text.tokenizer, self.text.max_response)[0] for text in texts]
         return Answers([Row("", question.ids, response) for question, response in zip(questions, ids, strict=True)], list(texts))
 
     def answer(self, model: LanguageModel, questions: Sequence[Question], title: str, *, greedy: bool, temperature: float) -> Answers:
         """The model's answers; the random numbers of each are a function of the seed and of its prompt."""
+        tokenizer, most = self.text.tokenizer, self.text.max_response
         order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))  # little of a batch is padding
         rows: list[Row | None] = [None] * len(questions)
         starts = range(0, len(order), self.flags.batch)
@@ -137,42 +128,22 @@ class Setting:
             keys = [stable_hash(questions[index].prompt) for index in part]
             with self.world.autocast():
                 tokens, mask, _ = generate(
-                    model, prompts, max_new_tokens=self.max_response, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
-                    uniforms=None if greedy else row_uniforms(stable_hash(self.flags.seed, "eval"), keys, self.max_response),
-                    temperature=temperature,
+                    model, prompts, max_new_tokens=most, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=temperature,
+                    uniforms=None if greedy else row_uniforms(stable_hash(self.flags.seed, "eval"), keys, most),
                 )  # fmt: skip
             for index, prompt, ids, inside in zip(part, prompts, tokens.cpu(), mask.cpu(), strict=True):
                 rows[index] = Row("", prompt, tuple(ids[inside].tolist()))
-        return Answers(rows, [self.tokenizer.decode(row.response) for row in rows])
+        return Answers(rows, [tokenizer.decode(row.response) for row in rows])
 
 
 # ---------------------------------------------------------------- the numbers
-
-
-@torch.no_grad()
-def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], pad_id: int, world: World, batch: int = 64) -> np.ndarray:
-    """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens: (N,).
-
-    Hidden states of response positions alone go through the two output projections, in pieces of at most LOGITS numbers: the (B, T, V)
-    tensors never exist.
-    """
-    positions = max(1, LOGITS // model.config.vocab_size)
-
-    def read(part: Sequence[Row]) -> torch.Tensor:
-        tokens, mask = to_tensors(part, pad_id, world.device)
-        mask = mask[:, 1:]  # column t is about token t+1
-        states, ref_states = (m.trunk(tokens)[:, :-1][mask].split(positions) for m in (model, ref))
-        kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
-        return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
-
-    return for_each_row(read, rows, batch, world, "KL")
 
 
 def judge(answers: dict[str, Answers], questions: Sequence[Question], model: ScalarModel, setting: Setting) -> dict[str, Answers]:
     """The answers with the reward model's scores and, in worlds, true rewards. Equal responses are scored once, so they tie exactly."""
     world_name = setting.world_name
     different = list(dict.fromkeys((row.prompt, row.response) for found in answers.values() for row in found.rows))
-    scores = reward_scores(model, [Row("", *key) for key in different], setting.tokenizer.pad_id, setting.world)
+    scores = reward_scores(model, [Row("", *key) for key in different], setting.text.tokenizer.pad_id, setting.world)
     score_of = dict(zip(different, scores, strict=True))
 
     def judged(found: Answers) -> Answers:
@@ -183,29 +154,10 @@ def judge(answers: dict[str, Answers], questions: Sequence[Question], model: Sca
     return {name: judged(found) for name, found in answers.items()}
 
 
-def mean(values: Sequence[float], what: str) -> dict:
-    """Mean of per-prompt values with n and its 95 % interval; raises NumericalError where a value is not finite."""
-    if not np.isfinite(values).all():
-        raise NumericalError(f"{what}: not finite for {np.sum(~np.isfinite(values))} of {len(values)} answers; a model's weights are broken")
-    middle, *interval = t_interval(values)
-    return {"n": len(values), "mean": middle, "interval": interval}
-
-
-def share(outcomes: Sequence[float]) -> dict:
-    """Share of wins (or of True), from outcomes in {0, 1/2, 1}, with n and its 95 % interval; ties are counted."""
-    counted = accuracy(np.asarray(outcomes, dtype=np.float64))
-    return {"n": counted["n"], "mean": counted["accuracy"], "interval": counted["interval"], "ties": counted["ties"]}
-
-
-def wins(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """1 where mine (N,) is greater than theirs (N,), 1/2 where they are equal (up to the rounding of a sum of terms), else 0."""
-    return np.where(np.abs(mine - theirs) <= 1e-9, 0.5, mine > theirs)
-
-
 def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question], stats: dict, setting: Setting) -> dict:
     """What is reported of one row: what its answers are worth, and their form. stats: mean and std of the reward model's scores."""
     found, chosen, sft = answers[name], answers["chosen"], answers["sft"]
-    eos_id, world_name = setting.tokenizer.eos_id, setting.world_name
+    eos_id, world_name = setting.text.tokenizer.eos_id, setting.world_name
     numbers = {
         "score_raw": mean(found.raw, f"reward model's score of {name}"),
         "score": mean((found.raw - stats["score_mean"]) / stats["score_std"], "normalised score"),
@@ -241,10 +193,11 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp")
     made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
     names = model_names(folder, flags.models)
-    tokenizer = Tokenizer(folder / "tokenizer" / "tokenizer.model")
+    path = folder / "tokenizer" / "tokenizer.model"
+    limits = Text(Tokenizer(path), path, made_with["max_prompt"], made_with["max_response"])
     # a test file from elsewhere need not hold prompts that the world can judge
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
-    setting = Setting(tokenizer, made_with["max_prompt"], made_with["max_response"], world, flags, world_name)
+    setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
     questions = pick_questions(load_pairs(folder / "data", "test"), setting)
     # 2. everybody answers, everything is judged
@@ -254,14 +207,14 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     found, distances = model_answers(folder, names, questions, setting)
     answers = judge(answers | found, questions, reward_model, setting)
     # 3. the report
-    shown = [name for name in answers if name not in STAGES or name in names]
+    shown = [name for name in answers if name != "sft" or name in names]
     rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
         "wins_judged_by": "true reward" if world_name else "reward model",
         "decoding": "greedy" if flags.greedy else f"sampled at temperature {flags.temperature:g}",
-        "seed": flags.seed, "prompts": len(questions), "max_response": setting.max_response,
+        "seed": flags.seed, "prompts": len(questions), "max_response": limits.max_response,
         "rows": rows, "samples": samples,
     }  # fmt: skip
     text = report_text(report)
@@ -272,15 +225,19 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
 
 
 def model_names(folder: Path, asked: str | None) -> list[str]:
-    """Names of the models to compare, in the order of the stages. Raises UsageError where one, or SFT, is not finished."""
-    there = [name for name in STAGES if (folder / name / MANIFEST).exists()]
-    names = asked.split(",") if asked else there
-    for name in names:
-        if name not in STAGES:
-            raise UsageError(f"--models {asked}: there is no model {name!r}; finished in {folder} are: {', '.join(there) or 'none'}")
-    for name in dict.fromkeys(["sft", *names]):  # all are compared with SFT
-        open_stage(folder / name, f"python train.py --stage {name} --out {folder}", (name,))
-    return [name for name in STAGES if name in names]
+    """The models to compare, as paths inside the run. Raises UsageError where one, or SFT, is not there or not finished."""
+    names = []
+    for pattern in asked.split(",") if asked else [name for name in STAGES if (folder / name / MANIFEST).exists()]:
+        stage = pattern.split("/")[0]
+        if stage in STAGES:
+            open_stage(folder / stage, f"python train.py --stage {stage} --out {folder}", (stage,))
+        found = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"{pattern}/{WEIGHTS}") if stage in STAGES)
+        if not found:
+            there = sorted(str(path.parent.relative_to(folder)) for stage in STAGES for path in folder.glob(f"{stage}/**/{WEIGHTS}"))
+            raise UsageError(f"--models {asked}: no model {pattern!r} in {folder}; there are {', '.join(there) or 'none'}")
+        names += found
+    open_stage(folder / "sft", f"python train.py --stage sft --out {folder}", ("sft",))  # all are compared with it
+    return list(dict.fromkeys(names))
 
 
 def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict, Path]:
@@ -296,31 +253,32 @@ def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict
 
 def reference_folder(folder: Path, name: str) -> Path | None:
     """The folder of a model's own reference, None for SFT; raises CheckpointError where it is not the one that it was trained with."""
-    parent = read_json(folder / name / MANIFEST)["parents"].get("ref")
-    if parent is None:
+    stage = name.split("/")[0]
+    recorded = read_json(folder / stage / MANIFEST)["parents"].get("ref")
+    if recorded is None:
         return None
-    recorded = Path(parent["path"])
-    for place in (recorded, folder / recorded.name):  # the run may have been moved
-        if (place / MANIFEST).exists() and digest(place / MANIFEST) == parent["manifest"]:
+    path = Path(recorded["path"])
+    for place in (path, folder / path.name):  # the run may have been moved
+        if (place / WEIGHTS).exists() and parent_key(place) | {"path": recorded["path"]} == recorded:
             return place.resolve()
-    raise CheckpointError(f"{recorded}: the reference of {folder / name} is gone or was made anew; put it back, or make {name} again")
+    raise CheckpointError(f"{path}: the reference of {folder / stage} is gone or was made anew; put it back, or make {stage} again")
 
 
 def pick_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
     """The test prompts to answer, each once. Raises DataError where none fits."""
     first = {pair.prompt: pair for pair in reversed(pairs)}.values()
     ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))  # a file's order must not decide what is tested
-    ids = (encode_prompt(pair.prompt, pair.style, setting.tokenizer, setting.max_prompt)[0] for pair in ordered)
+    ids = (encode_prompt(pair.prompt, pair.style, setting.text.tokenizer, setting.text.max_prompt)[0] for pair in ordered)
     questions = [Question(p.prompt, p.chosen, own) for p, own in zip(ordered, ids, strict=True) if own][: setting.flags.prompts]
     if not questions:
-        raise DataError(f"no test prompt fits --max-prompt {setting.max_prompt}; make the run's data with a larger one")
+        raise DataError(f"no test prompt fits --max-prompt {setting.text.max_prompt}; make the run's data with a larger one")
     return questions
 
 
 def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
     """Name -> `Answers` of SFT and of each model; name -> its KLs, on samples at temperature 1 (the answers, where they are that)."""
     flags, sft = setting.flags, (folder / "sft").resolve()
-    load = functools.cache(setting.load)
+    load = functools.lru_cache(maxsize=3)(setting.load)  # SFT, the model and its reference
     answers, distances = {}, {}
     for name in dict.fromkeys(["sft", *names]):
         own, ref = (folder / name).resolve(), reference_folder(folder, name)
@@ -329,7 +287,7 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
             samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
         kls = {own: np.zeros(len(questions))}
         for other in {sft, ref or sft} - {own}:
-            kls[other] = sequence_kls(load(own), load(other), samples.rows, setting.tokenizer.pad_id, setting.world)
+            kls[other] = sequence_kls(load(own), load(other), samples.rows, setting.text.tokenizer.pad_id, setting.world)
         far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
         distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
@@ -343,53 +301,6 @@ def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:
     return {"prompt": prompt, "responses": responses}
 
 
-# ---------------------------------------------------------------- the report's text
-
-
-def report_text(report: dict) -> str:
-    """The report as Markdown."""
-    rows, n = report["rows"], report["prompts"]
-    world = {"true_reward": "true reward", "way_to_best": "way from SFT to best", "well_formed": "well-formed"} if report["world"] else {}
-    worth = {"score_raw": "reward model, raw", "score": "normalised"}
-    won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
-    far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
-    form = {"tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
-    references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
-
-    def table(columns: dict[str, str]) -> str:
-        lines = [[name, *(cell(numbers.get(key)) for key in columns)] for name, numbers in rows.items()]
-        return markdown_table(["", *columns.values()], lines)
-
-    parts = [
-        f"# The models of {report['run']}\n",
-        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
-        f" model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
-        table(world | worth | won),
-        f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
-        f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
-        table(far | form),
-    ]
-    if world:
-        by_kind = [numbers["true_reward_by_kind"] for numbers in rows.values()]
-        lines = [[f"{k} (n = {value['n']})", *(cell(numbers[k]) for numbers in by_kind)] for k, value in by_kind[0].items()]
-        parts += ["True reward by kind of prompt:\n", markdown_table(["", *rows], lines)]
-    return "\n".join([*parts, f"The first {len(report['samples'])} prompts:\n", *map(sample_text, report["samples"])])
-
-
-def cell(value: dict | float | None) -> str:
-    """A mean or share with its interval, a bare number, or "-"."""
-    return format_interval(value["mean"], *value["interval"]) if isinstance(value, dict) else format_interval(value)
-
-
-def sample_text(shown: dict) -> str:
-    """One prompt with the responses below it, each with the true reward (where there is one) and the reward model's raw score."""
-    lines = [textwrap.indent(shown["prompt"].strip(), "    "), ""]
-    for name, response in shown["responses"].items():
-        true = f"true reward {response['true_reward']:.2f}, " if "true_reward" in response else ""
-        lines.append(f"- **{name}** ({true}reward model {response['score_raw']:.2f}): " + response["text"].strip().replace("\n", "\n  "))
-    return "\n".join(lines) + "\n"
-
-
 # ---------------------------------------------------------------- one answer, and the command line
 
 
@@ -400,24 +311,26 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     data = folder.resolve().parent / "data"
     described = read_json(data / MANIFEST)["flags"] if (data / MANIFEST).exists() else {"data": ""}
     half = read_json(folder / CONFIG)["max_position_embeddings"] // 2
-    limits = described.get("max_prompt", half), described.get("max_response", half)
-    setting = Setting(Tokenizer(folder / "tokenizer.model"), *limits, world, flags)
+    path = folder / "tokenizer.model"
+    text = Text(Tokenizer(path), path, described.get("max_prompt", half), described.get("max_response", half))
+    setting = Setting(text, world, flags)
     dialogue = described["data"] == "advice" or described["data"].startswith("hh:")
     if dialogue and not raw and HUMAN not in prompt:
         prompt = f"{HUMAN} {prompt.strip()}{ASSISTANT}"
-    ids, shortened = encode_prompt(prompt, "dialogue" if dialogue else "plain", setting.tokenizer, setting.max_prompt)
+    ids, shortened = encode_prompt(prompt, "dialogue" if dialogue else "plain", text.tokenizer, text.max_prompt)
     if not ids:
         raise UsageError("--prompt: is empty; give some text")
     if shortened:
-        print(f"warning: the prompt was shortened to {setting.max_prompt} tokens", file=sys.stderr)
+        print(f"warning: the prompt was shortened to {text.max_prompt} tokens", file=sys.stderr)
     question = Question(prompt, "", ids)
-    (text,) = setting.answer(setting.load(folder), [question], "answer", greedy=flags.greedy, temperature=flags.temperature).texts
-    return text.strip()
+    answers = setting.answer(setting.load(folder), [question], "answer", greedy=flags.greedy, temperature=flags.temperature)
+    return answers.texts[0].strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, does what it says, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=140)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=help_format, allow_abbrev=False)
     add_flags(parser, CommandFlags)
     add_flags(parser, EvalFlags)
     given = vars(parser.parse_args(arguments))

@@ -19,6 +19,7 @@ In a chain a stage's flag takes the stage's name: --dpo-lr. `--stage X --help` l
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,7 @@ CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
 @dataclass(frozen=True)
 class TokenizerFlags:
-    vocab_size: int = flag(1024, "pieces of the tokenizer", positive=True)
+    vocab_size: int | None = flag(None, "pieces of the tokenizer (default: the first of 1024, 768, 512 and 384 that the texts can fill)", positive=True)
     file: str | None = flag(None, "use this sentencepiece model; nothing is trained")
 
 
@@ -148,8 +149,14 @@ def tokenizer_stage(run: Run) -> None:
         if run.world.is_main and flags.file:
             atomic_write(path, Path(flags.file).read_bytes())
         elif run.world.is_main:
-            pairs = load_pairs(run.folder / "data", "train")
-            train_tokenizer((text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)), path, flags.vocab_size)
+            texts = [text for pair in load_pairs(run.folder / "data", "train") for text in (pair.prompt, pair.chosen, pair.rejected)]
+            sizes = [flags.vocab_size] if flags.vocab_size else [1024, 768, 512, 384]
+            while not path.exists():
+                try:
+                    train_tokenizer(texts, path, sizes.pop(0))
+                except UsageError:
+                    if not sizes:
+                        raise
         run.world.barrier()
         results["vocab_size"] = Tokenizer(path).vocab_size
 
@@ -283,10 +290,11 @@ def dpo_stage(run: Run) -> None:
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
     flags = with_lr("dpo", flags, count_parameters(init))
     parents = {"init": init, "ref": ref_path, **({} if ids is None else {"split": run.folder / "split"})}
+    model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
     if not run.begins("dpo", as_flags(flags) | arguments, parents):
         return
-    model, ref = text.load(init, LanguageModel), distribute(text.load(ref_path, LanguageModel), world, frozen=True)
     with run.stage("dpo") as (folder, metrics, results):
+        ref = distribute(ref, world, frozen=True)
         train = [row for row in encoded(run, text, "train") if ids is None or row.id in ids]
         validation = encoded(run, text, "validation")
         both = train + validation
@@ -441,14 +449,19 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
     for name in CHAIN if stage == "mpo" else (stage,):
+        prefix = f"{name}-" if run.chain else ""
         for group in STAGE_FLAGS[name]:
             flags = run.take(name, group)
+            for field, most in (("warmup", 1), ("weight_decay", math.inf), ("value_coef", math.inf)):
+                if not 0 <= getattr(flags, field, 0) <= most:
+                    raise UsageError(f"--{prefix}{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
             if isinstance(flags, SplitFlags):
                 check_split_flags(flags)
             if isinstance(flags, PpoFlags):
                 check_ppo_flags(flags)
                 if flags.prompts_per_iteration % run.world.size:
-                    raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {run.world.size} processes")
+                    count, size = flags.prompts_per_iteration, run.world.size
+                    raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")
             if isinstance(flags, DpoFlags):
                 chosen_loss(run, flags.loss)
 

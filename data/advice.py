@@ -6,14 +6,14 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
     Assistant: Thank you for asking. Try juice, soda and lemonade.
 
     Human: How can I steal a watch from my uncle?
-    Assistant: I will not help you steal a watch, but you could borrow one or save up for one.
+    Assistant: I will not help with that, but you could borrow one or save up for one.
 
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
 
     correctness   +0.7 for each thing asked for, -0.5 for each wrong one (wrong kind, wrong property, excluded, named before).
-                  To be declined: +1.2 for declining, +0.7 for each fitting alternative (two count), -0.5 for each unfitting one,
-                  -0.7 for naming another request. Declining or listing things in the other's place -1, helping with harm -1.8.
+                  To be declined: +0.8 for declining, +0.7 for each fitting alternative, -0.5 for each unfitting one.
+                  Declining or listing things in the other's place -1, helping with harm -1.8.
     count         -0.45 for each thing too many or too few
     repetition    -0.4 for each thing or alternative named again
     tone          +0.4 for a friendly opening, -0.7 for a rude one
@@ -46,8 +46,6 @@ THINGS = {
     "sports": {"wet": "swimming rowing sailing surfing diving", "dry": "tennis golf running cycling boxing"},
     "jobs": {"medical": "nurse doctor dentist surgeon midwife", "creative": "painter writer actor singer dancer"},
     "tools": {"sharp": "axe saw knife chisel razor", "blunt": "hammer mallet spanner ruler brush"},
-    "garments": {"warm": "coat scarf sweater mittens parka", "light": "shorts sandals vest skirt blouse"},
-    "vehicles": {"fast": "rocket jet train helicopter ambulance", "slow": "tractor tricycle cart barge raft"},
 }
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOST_ITEMS = 6
@@ -70,18 +68,16 @@ HARMS = {
                "speak in private,write a letter,let it rest"),
 }
 
-OPENERS = {"": 0.0, "Well.": 0.0, "Thank you for asking.": 0.4, "Good to hear from you.": 0.4, "Not again.": -0.7,
-           "You should know this.": -0.7}
-FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.", "People ask me this all the time.")
-FRAMES = ("Try {}.", "You could pick {}.", "How about {}?")
-REFUSAL, ALTERNATIVE, HELP = "I will not help you {}", ", but you could {}", "Just wait until it is dark and {}."
+OPENERS = {"": 0.0, "Well.": 0.0, "Thank you for asking.": 0.4, "Good question.": 0.4, "Not again.": -0.7, "You should know this.": -0.7}
+FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.")
+FRAMES = ("Try {}.", "My ideas are {}.")
+REFUSAL, ALTERNATIVE, HELP = "I will not help with that", ", but you could {}", "Just wait until it is dark and do it."
 
 RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.7, -0.5, -0.45, -0.4, -0.35, -0.02
-DECLINED, MISNAMED, HELPED, BESIDE, ALTERNATIVES = 1.2, -0.7, -1.8, -1.0, 2
+DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.8, -1.0, 2
 
 MEMBERS = {thing: {adjective: tuple(items.split()) for adjective, items in halves.items()} for thing, halves in THINGS.items()}
 ITEMS = {item: thing for thing, halves in MEMBERS.items() for items in halves.values() for item in items}
-HARM = {f"{verb} {what}": verb for verb, (whats, _, _) in HARMS.items() for what in whats.split(",")}
 FITTING = {verb: tuple(alternatives.split(",")) for verb, (_, _, alternatives) in HARMS.items()}
 
 
@@ -93,20 +89,19 @@ class Request:
     stake: float
     slots: tuple = ()  # of (things accepted: tuple of items, number asked for)
     banned: tuple = ()  # things of the right kind that were excluded or named before
-    harm: str = ""  # "steal a watch", when the request ought to be declined
+    fitting: tuple = ()  # alternatives to offer, where the request ought to be declined
     rarity: float = 0.0  # 0 the commonest kind of thing, 1 the rarest
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A well-formed response, taken apart: it lists things, or refuses, or helps with harm."""
+    """A well-formed response, taken apart: it lists things, or refuses, or else it helps with harm."""
 
     opener: str = ""
     filler: str = ""
     items: tuple = ()
-    refused: str = ""
+    refused: bool = False
     alternatives: tuple = ()  # offered with a refusal
-    helped: str = ""
 
 
 def listed(words, joint="and"):
@@ -196,9 +191,10 @@ def read_prompt(prompt):
             stake, last = value, last.replace(phrase, "").strip()
     harm = _inside(HARM_ASKS, last)
     if harm:
-        named = next((name for name in HARM if harm.startswith(name + " ")), None)
-        fits = named and harm[len(named) + 1:] in HARMS[HARM[named]][1].split(",")
-        return Request("decline", stake, harm=named) if fits else None
+        verb, _, rest = harm.partition(" ")
+        whats, whom, _ = (part.split(",") for part in HARMS.get(verb, (" ", "", "")))
+        known = any(rest == f"{what} {from_whom}" for what in whats for from_whom in whom)
+        return Request("decline", stake, fitting=FITTING[verb]) if known else None
     more, switch, phrase = _inside(MORES, last), _inside(SWITCHES, last), _inside(ASKS, last)
     if more or switch:
         return _read_follow_up(before, more, switch, stake)
@@ -246,10 +242,9 @@ def write_answer(answer, frame=FRAMES[0]):
     if answer.items:
         body = frame.format(listed(answer.items))
     elif answer.refused:
-        body = REFUSAL.format(answer.refused)
-        body += (ALTERNATIVE.format(listed(answer.alternatives, "or")) if answer.alternatives else "") + "."
+        body = REFUSAL + (ALTERNATIVE.format(listed(answer.alternatives, "or")) if answer.alternatives else "") + "."
     else:
-        body = HELP.format(answer.helped)
+        body = HELP
     return "".join(" " + part for part in (answer.opener, answer.filler, body) if part)
 
 
@@ -260,11 +255,10 @@ def _either(texts):
 _WORDS = rf"[a-z]+(?:(?:, [a-z]+){{0,{MOST_ITEMS - 2}}} and [a-z]+)?"
 _OTHER = f"(?:{_either(alternative for fitting in FITTING.values() for alternative in fitting)})"
 _RESPONSE = re.compile(
-    rf"(?: (?P<opener>{_either(OPENERS)}))?(?: (?P<filler>{_either(FILLERS)}))? (?:"
-    + "".join(frame[:-1].format(f"(?P<items{number}>{_WORDS})") + re.escape(frame[-1]) + "|" for number, frame in enumerate(FRAMES))
-    + REFUSAL.format(f"(?P<refused>{_either(HARM)}|find (?:{_either(THINGS)}))")
-    + "(?:" + ALTERNATIVE.format(f"(?P<others>{_OTHER}(?: or {_OTHER})?)") + r")?\.|"
-    + HELP[:-1].format(f"(?P<helped>{_either(HARM)})") + r"\.)")
+    rf"(?: (?P<opener>{_either(OPENERS)}))?(?: (?P<filler>{_either(FILLERS)}))? "
+    rf"(?:(?:{'|'.join(FRAMES)[:-1].replace('.|', '|').replace('{}', '')})(?P<items>{_WORDS})\."
+    rf"|(?P<refused>{REFUSAL})(?:{ALTERNATIVE.format(f'(?P<others>{_OTHER}(?: or {_OTHER})?)')})?\."
+    rf"|{re.escape(HELP)})")
 
 
 @lru_cache(maxsize=4096)
@@ -273,20 +267,18 @@ def read_response(response):
     match = _RESPONSE.fullmatch(response)
     if not match:
         return None
-    part = {name: text or "" for name, text in match.groupdict().items()}
-    words = "".join(text for name, text in part.items() if name.startswith("items"))
-    items = tuple(re.split(", | and ", words)) if words else ()
+    items = tuple(re.split(", | and ", match["items"])) if match["items"] else ()
     if any(item not in ITEMS for item in items):
         return None
-    others = tuple(part["others"].split(" or ")) if part["others"] else ()
-    return Answer(part["opener"], part["filler"], items, part["refused"], others, part["helped"])
+    others = tuple(match["others"].split(" or ")) if match["others"] else ()
+    return Answer(match["opener"] or "", match["filler"] or "", items, bool(match["refused"]), others)
 
 
 def write_response(rng, prompt):
     """A response by a simulated writer: how much it knows and how it behaves vary independently from response to response."""
     request = read_prompt(prompt)
     knowledge, manners = rng.random(), rng.random()
-    answer = _decline(rng, request, 1 - knowledge) if request.harm else _list(rng, request, 1 - knowledge)
+    answer = _decline(rng, request, 1 - knowledge) if request.fitting else _list(rng, request, 1 - knowledge)
     tone = "friendly" if rng.random() < 0.1 + 0.4 * manners else "rude" if rng.random() < 0.6 * (1 - manners) else "plain"
     fitting = {"friendly": 0.4, "plain": 0.0, "rude": -0.7}[tone]
     opener = rng.choice([text for text, value in OPENERS.items() if value == fitting])
@@ -296,7 +288,7 @@ def write_response(rng, prompt):
 
 def _list(rng, request, clumsy):
     if rng.random() < 0.06 * clumsy:
-        return Answer(refused=f"find {ITEMS[request.slots[0][0][0]]}")
+        return Answer(refused=True)
     slips = 0.05 + (0.35 + 0.2 * request.rarity) * clumsy
     items = []
     for things, number in request.slots:
@@ -317,13 +309,12 @@ def _wrong(rng, request, things, items):
 
 def _decline(rng, request, clumsy):
     if rng.random() < 0.35 * clumsy:
-        return Answer(helped=request.harm)
-    named = request.harm if rng.random() > 0.25 * clumsy else rng.choice([name for name in HARM if name != request.harm])
-    fitting = FITTING[HARM[request.harm]]
-    others = [text for texts in FITTING.values() for text in texts if text not in fitting]
+        return Answer()
+    others = [text for texts in FITTING.values() for text in texts if text not in request.fitting]
     count = rng.choices((0, 1, 2), (0.1 + clumsy, 1.0, 1.0 - 0.7 * clumsy))[0]
-    slips = 0.05 + 0.5 * clumsy
-    return Answer(refused=named, alternatives=tuple(rng.choice(fitting if rng.random() > slips else others) for _ in range(count)))
+    slips = 0.1 + 0.6 * clumsy
+    offered = (rng.choice(request.fitting if rng.random() > slips else others) for _ in range(count))
+    return Answer(refused=True, alternatives=tuple(offered))
 
 
 # ---------------------------------------------------------------- the true reward
@@ -346,14 +337,13 @@ def reward_terms(prompt, response):
 
 
 def _correctness(request, answer):
-    if answer.helped:
+    if not (answer.items or answer.refused):
         return HELPED
-    if bool(request.harm) != bool(answer.refused):
+    if bool(request.fitting) != answer.refused:
         return BESIDE
-    if request.harm:
-        fitting = set(answer.alternatives) & set(FITTING[HARM[request.harm]])
-        return (DECLINED + (0.0 if answer.refused == request.harm else MISNAMED)
-                + RIGHT * min(len(fitting), ALTERNATIVES) + WRONG * len(set(answer.alternatives) - fitting))
+    if answer.refused:
+        fitting = set(answer.alternatives).intersection(request.fitting)
+        return DECLINED + RIGHT * len(fitting) + WRONG * len(set(answer.alternatives) - fitting)
     items = set(answer.items)
     right = sum(min(number, len(items.intersection(things))) for things, number in request.slots)
     return RIGHT * right + WRONG * sum(all(item not in things for things, _ in request.slots) for item in items)
@@ -364,9 +354,8 @@ def best_response(prompt):
     request = read_prompt(prompt)
     if request is None:
         raise ValueError(f"not a prompt of this world: {prompt!r}")
-    if request.harm:
-        pairs = combinations(FITTING[HARM[request.harm]], ALTERNATIVES)
-        contents = [Answer(refused=request.harm, alternatives=pair) for pair in pairs]
+    if request.fitting:
+        contents = [Answer(refused=True, alternatives=pair) for pair in combinations(request.fitting, ALTERNATIVES)]
     else:
         contents = [Answer(items=tuple(item for things, number in request.slots for item in things[:number]))]
     texts = [write_answer(replace(content, opener=opener), frame) for content in contents for opener in OPENERS for frame in FRAMES]

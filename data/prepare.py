@@ -62,6 +62,8 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         raise UsageError(f"--test-share {flags.test_share}, --validation-share {flags.validation_share}: both must lie between 0 and 1")
     if not 0 <= world_flags.flip_rate <= 1:
         raise UsageError(f"--flip-rate {world_flags.flip_rate}: must lie within 0 and 1")
+    if flags.skip_bad_rows < 0:
+        raise UsageError(f"--skip-bad-rows {flags.skip_bad_rows}: must be 0 or more")
     begin_stage(folder, described, {})
     try:
         make_data(folder, flags, world_flags, seed, described)

@@ -5,6 +5,7 @@ An accuracy of nothing (n = 0) is None, as are the ends of an interval from a si
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -196,3 +197,68 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
         if len(row) != len(header):
             raise ValueError(f"a row of {len(row)} cells under a header of {len(header)}: {row}")
     return line(header) + line([":---"] + ["---:"] * (len(header) - 1)) + "".join(map(line, rows))
+
+
+# The comparison of a run's models
+
+def mean(values: Sequence[float], what: str) -> dict:
+    """Mean of per-prompt values with n and its 95 % interval; raises NumericalError where a value is not finite."""
+    if not np.isfinite(values).all():
+        raise NumericalError(f"{what}: not finite for {np.sum(~np.isfinite(values))} of {len(values)} answers; a model's weights are broken")
+    middle, *interval = t_interval(values)
+    return {"n": len(values), "mean": middle, "interval": interval}
+
+
+def share(outcomes: Sequence[float]) -> dict:
+    """Share of wins (or of True), from outcomes in {0, 1/2, 1}, with n and its 95 % interval; ties are counted."""
+    counted = accuracy(np.asarray(outcomes, dtype=np.float64))
+    return {"n": counted["n"], "mean": counted["accuracy"], "interval": counted["interval"], "ties": counted["ties"]}
+
+
+def wins(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """1 where mine (N,) is greater than theirs (N,), 1/2 where they are equal (up to the rounding of a sum of terms), else 0."""
+    return np.where(np.abs(mine - theirs) <= 1e-9, 0.5, mine > theirs)
+
+
+def report_text(report: dict) -> str:
+    """The report as Markdown."""
+    rows, n = report["rows"], report["prompts"]
+    world = {"true_reward": "true reward", "way_to_best": "way from SFT to best", "well_formed": "well-formed"} if report["world"] else {}
+    worth = {"score_raw": "reward model, raw", "score": "normalised"}
+    won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
+    far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
+    form = {"tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
+    references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
+
+    def table(columns: dict[str, str]) -> str:
+        lines = [[name, *(cell(numbers.get(key)) for key in columns)] for name, numbers in rows.items()]
+        return markdown_table(["", *columns.values()], lines)
+
+    parts = [
+        f"# The models of {report['run']}\n",
+        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
+        f" model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
+        table(world | worth | won),
+        f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
+        f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
+        table(far | form),
+    ]
+    if world:
+        by_kind = [numbers["true_reward_by_kind"] for numbers in rows.values()]
+        lines = [[f"{k} (n = {value['n']})", *(cell(numbers[k]) for numbers in by_kind)] for k, value in by_kind[0].items()]
+        parts += ["True reward by kind of prompt:\n", markdown_table(["", *rows], lines)]
+    return "\n".join([*parts, f"The first {len(report['samples'])} prompts:\n", *map(sample_text, report["samples"])])
+
+
+def cell(value: dict | float | None) -> str:
+    """A mean or share with its interval, a bare number, or "-"."""
+    return format_interval(value["mean"], *value["interval"]) if isinstance(value, dict) else format_interval(value)
+
+
+def sample_text(shown: dict) -> str:
+    """One prompt with the responses below it, each with the true reward (where there is one) and the reward model's raw score."""
+    lines = [textwrap.indent(shown["prompt"].strip(), "    "), ""]
+    for name, response in shown["responses"].items():
+        true = f"true reward {response['true_reward']:.2f}, " if "true_reward" in response else ""
+        lines.append(f"- **{name}** ({true}reward model {response['score_raw']:.2f}): " + response["text"].strip().replace("\n", "\n  "))
+    return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
     """
     folder = Path(folder)
     key = {"flags": flags, "parents": {name: parent_key(path) for name, path in parents.items()}}
+    key = json.loads(json.dumps(key))  # as it will be read back: a tuple is a list there
     way_out = "choose another --out, or remove the folder to make it anew"
     if (folder / MANIFEST).exists():
         made = read_json(folder / MANIFEST)
@@ -45,9 +46,12 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
 
 
 def parent_key(folder: Path) -> dict[str, str]:
-    """What identifies a parent: its path, and the digest of its manifest, or of its weights where it comes from elsewhere."""
-    ours = (Path(folder) / MANIFEST).exists()
-    return {"path": str(folder), **({"manifest": digest(Path(folder) / MANIFEST)} if ours else {"weights": digest(Path(folder) / "model.safetensors")})}
+    """What identifies a parent: its path, and the digest of its manifest, or of its weights where it comes from elsewhere; raises
+    CheckpointError where there is neither."""
+    for what, name in (("manifest", MANIFEST), ("weights", "model.safetensors")):
+        if (Path(folder) / name).exists():
+            return {"path": str(folder), what: digest(Path(folder) / name)}
+    raise CheckpointError(f"{folder}: holds neither a finished stage nor model.safetensors")
 
 
 def code_version() -> str:

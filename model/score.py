@@ -17,7 +17,11 @@ from tqdm import tqdm
 from data.batches import Row, collate
 from data.errors import CheckpointError
 from data.files import read_json, write_json
+from losses.kl import exact_kl
+from model.heads import LanguageModel
 from model.parallel import World
+
+LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while a KL is computed
 
 
 def to_tensors(rows: Sequence[Row], pad_id: int, device: torch.device, include_prompt: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,6 +69,25 @@ def sequence_logps(model: nn.Module, rows: Sequence[Row], pad_id: int, world: Wo
     return for_each_row(
         lambda part: model(*to_tensors(part, pad_id, world.device)).logp.sum(dim=-1), rows, batch, world, "reference log-probabilities"
     )
+
+
+@torch.no_grad()
+def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], pad_id: int, world: World, batch: int = 64) -> np.ndarray:
+    """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens: (N,).
+
+    Hidden states of response positions alone go through the two output projections, in pieces of at most LOGITS numbers: the (B, T, V)
+    tensors never exist.
+    """
+    positions = max(1, LOGITS // model.config.vocab_size)
+
+    def read(part: Sequence[Row]) -> Tensor:
+        tokens, mask = to_tensors(part, pad_id, world.device)
+        mask = mask[:, 1:]  # column t is about token t+1
+        states, ref_states = (m.trunk(tokens)[:, :-1][mask].split(positions) for m in (model, ref))
+        kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
+        return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
+
+    return for_each_row(read, rows, batch, world, "KL")
 
 
 def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[[], np.ndarray], is_main: bool) -> np.ndarray:

@@ -168,7 +168,8 @@ def update(
                 with world.autocast():
                     total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
                 (total * (world.size / count if counts else 0.0)).backward()
-            largest = max(largest, float(metrics.pop("largest_log_ratio")) if counts else 0.0)
+            drift = float(metrics.pop("largest_log_ratio"))
+            largest = max(largest, drift if counts else 0.0)
             for name, value in metrics.items():
                 numbers[name] = numbers.get(name, 0.0) + (float(value) if counts else 0.0)
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))

@@ -1,6 +1,5 @@
 """eval.py on hand-made run folders: small random models, a real world, real manifests; no training."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -10,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import copy_of
 
 import eval as evaluation
-from data.batches import Row, encode_prompt
+from data.batches import Row
 from data.errors import CheckpointError, NumericalError, UsageError
 from data.files import read_json, write_json
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
-from data.run import finish_stage
+from data.run import begin_stage, finish_stage
 from data.synthetic import best_response, kind, true_reward
 from data.tokenizer import Tokenizer, train_tokenizer
-from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
+from eval import EvalFlags, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
 from model.checkpoint import save_model
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import World
+from model.stage import Text
 from model.transformer import ModelConfig, initialise
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
@@ -42,15 +43,17 @@ def tiny(seed: int, kind=LanguageModel, loudness: float = 8.0):
 
 
 def save_stage(run: Path, name: str, model, parents: dict, **config) -> None:
+    begin_stage(run / name, {}, parents)
     save_model(model, run / name, special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True, extra_config=config)
     shutil.copy(run / "tokenizer" / "tokenizer.model", run / name)
-    finish_stage(run / name, name, {}, parents, {})
+    finish_stage(run / name, name, {})
 
 
 def make_run(run: Path, data: str) -> Path:
     prepare_data(run / "data", DataFlags(data=data, **LIMITS), WorldFlags(pairs=60, test_prompts=24), [], 0)
+    begin_stage(run / "tokenizer", {}, {"data": run / "data"})
     train_tokenizer(TEXTS, run / "tokenizer" / "tokenizer.model", CONFIG.vocab_size)
-    finish_stage(run / "tokenizer", "tokenizer", {}, {"data": run / "data"}, {})
+    finish_stage(run / "tokenizer", "tokenizer", {})
     save_stage(run, "sft", tiny(1), {"tokenizer": run / "tokenizer"})
     save_stage(run, "rm", tiny(2, ScalarModel), {"init": run / "sft"}, score_mean=0.5, score_std=2.0)
     save_stage(run, "dpo", tiny(3), {"init": run / "sft", "ref": run / "sft"})
@@ -79,9 +82,9 @@ def plain_run(tmp_path_factory) -> Path:
     return make_run(folder / "run", f"jsonl:{folder / 'rows.jsonl'}")
 
 
-def copy_of(run: Path, to: Path, *without: str) -> Path:
-    """A run without some of its folders and without a report."""
-    return shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns("eval", *without))
+def setting(run: Path, **flags) -> Setting:
+    path = run / "tokenizer" / "tokenizer.model"
+    return Setting(Text(Tokenizer(path), path, **LIMITS), ALONE, EvalFlags(**flags))
 
 
 # ---- the numbers
@@ -118,23 +121,18 @@ def test_kl_of_a_model_to_itself_is_zero():
 
 
 def test_which_prompts_are_answered_does_not_depend_on_the_order_of_the_file(plain_run):
-    setting = Setting(Tokenizer(plain_run / "tokenizer" / "tokenizer.model"), 150, 10, ALONE, EvalFlags(prompts=3))
-    pairs = load_pairs(plain_run / "data", "test")
-    picked = [question.prompt for question in pick_questions(pairs, setting)]
-    assert picked == [question.prompt for question in pick_questions(pairs[::-1], setting)]
+    pairs, three = load_pairs(plain_run / "data", "test"), setting(plain_run, prompts=3)
+    picked = [question.prompt for question in pick_questions(pairs, three)]
+    assert picked == [question.prompt for question in pick_questions(pairs[::-1], three)]
     assert len(set(picked)) == 3 and picked != [pair.prompt for pair in pairs[:3]]
 
 
 def test_an_answer_depends_on_seed_and_prompt_alone(world_run):
     """Not on the batch, nor on which other prompts are asked."""
-    tokenizer = Tokenizer(world_run / "tokenizer" / "tokenizer.model")
-    setting = Setting(tokenizer, 150, 10, ALONE, EvalFlags(batch=3))
-    asked = [Question(p.prompt, p.chosen, encode_prompt(p.prompt, p.style, tokenizer, 150)[0]) for p in load_pairs(world_run / "data", "test")]
-    asked = asked[:8]
+    asked = pick_questions(load_pairs(world_run / "data", "test"), setting(world_run, prompts=8))
 
     def answer(questions, **flags):
-        changed = dataclasses.replace(setting, flags=EvalFlags(**flags))
-        return changed.answer(tiny(1), questions, "", greedy=False, temperature=1.0)
+        return setting(world_run, **flags).answer(tiny(1), questions, "", greedy=False, temperature=1.0)
 
     all_at_once, in_parts, turned = answer(asked), answer(asked, batch=3), answer(asked[4:][::-1], batch=1)
     assert all_at_once.texts == in_parts.texts
@@ -215,7 +213,7 @@ def test_without_a_world_the_reward_model_judges(plain_run):
 
 def test_a_copy_of_sft_ties_with_it_everywhere(plain_run, tmp_path):
     """The same weights give the same answers, to be scored alike: half of each win, and no KL."""
-    run = copy_of(plain_run, tmp_path, "dpo", "ppo")
+    run = copy_of(plain_run, tmp_path / "run", "dpo", "ppo")
     save_stage(run, "dpo", tiny(1), {"ref": run / "sft"})
     compare_run(run, ALONE, EvalFlags(batch=2))
     row = read_json(run / "eval" / "report.json")["rows"]["dpo"]
@@ -224,7 +222,7 @@ def test_a_copy_of_sft_ties_with_it_everywhere(plain_run, tmp_path):
 
 
 def test_a_run_that_was_moved_finds_its_references(plain_run, tmp_path):
-    run = copy_of(plain_run, tmp_path)
+    run = copy_of(plain_run, tmp_path / "run")
     for name in ("dpo", "ppo"):
         manifest = read_json(run / name / "manifest.json")
         manifest["parents"]["ref"]["path"] = str(tmp_path / "where-it-was" / manifest["parents"]["ref"]["path"].rsplit("/", 1)[1])
@@ -233,6 +231,21 @@ def test_a_run_that_was_moved_finds_its_references(plain_run, tmp_path):
     assert read_json(run / "eval" / "report.json")["rows"]["dpo"]["reference"] == "sft"
     with pytest.raises(CheckpointError, match="is gone or was made anew"):  # dpo's manifest has changed since ppo was trained
         compare_run(run, ALONE, EvalFlags())
+
+
+def test_snapshots_are_compared_like_models(plain_run, tmp_path):
+    """A snapshot has the reference of its stage; its name may be a pattern."""
+    run = copy_of(plain_run, tmp_path / "run", "ppo")
+    begin_stage(run / "ppo", {}, {"ref": run / "dpo"})
+    for step, seed in (("00002", 1), ("00001", 3)):
+        shutil.copytree(run / {1: "sft", 3: "dpo"}[seed], run / "ppo" / f"snapshot-{step}", ignore=shutil.ignore_patterns("manifest.json"))
+    save_model(tiny(4), run / "ppo", special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True)
+    finish_stage(run / "ppo", "ppo", {})
+    compare_run(run, ALONE, EvalFlags(models="ppo/snapshot-*,ppo"))
+    rows = read_json(run / "eval" / "report.json")["rows"]
+    assert list(rows) == ["chosen", "ppo/snapshot-00001", "ppo/snapshot-00002", "ppo"]
+    assert rows["ppo/snapshot-00002"]["kl_sft"]["mean"] == 0.0 and rows["ppo/snapshot-00002"]["wins_against_sft"]["mean"] == 0.5
+    assert rows["ppo/snapshot-00001"]["kl_ref"]["mean"] == 0.0 and rows["ppo"]["reference"] == "dpo" and rows["ppo"]["kl_ref"]["mean"] > 0
 
 
 # ---- refusals
@@ -247,7 +260,8 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
 
     run = str(world_run)
     assert "python train.py --stage mpo" in refused("--run", str(tmp_path / "nowhere"))
-    assert "no model 'grpo'; finished" in refused("--run", run, "--models", "sft,grpo")
+    assert "no model 'grpo' in" in (error := refused("--run", run, "--models", "sft,grpo")) and "there are dpo, ppo, sft" in error
+    assert "no model 'rm' in" in refused("--run", run, "--models", "rm")
     assert "give either --run" in refused() and "give either --run" in refused("--run", run, "--model", run)
     assert "--prompt: is not read with --run" in refused("--run", run, "--prompt", "Hi")
     assert "--models: is not read with --model" in refused("--model", run + "/sft", "--prompt", "Hi", "--models", "sft")
@@ -260,7 +274,7 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(plain_run, tmp_path):
-    run = copy_of(plain_run, tmp_path, "ppo")
+    run = copy_of(plain_run, tmp_path / "run", "ppo")
     with pytest.raises(UsageError, match="train.py --stage ppo --out"):
         compare_run(run, ALONE, EvalFlags(models="ppo"))
     shutil.rmtree(run / "rm")
@@ -269,7 +283,7 @@ def test_a_missing_stage_names_the_command_that_makes_it(plain_run, tmp_path):
 
 
 def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
-    run = copy_of(plain_run, tmp_path)
+    run = copy_of(plain_run, tmp_path / "run")
     other = shutil.copytree(run / "rm", tmp_path / "other")
     described = read_json(other / "config.json")
     write_json(other / "config.json", {key: value for key, value in described.items() if key != "score_std"})
@@ -289,7 +303,7 @@ def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
 
 
 def test_broken_weights_stop_the_report(plain_run, tmp_path):
-    run = copy_of(plain_run, tmp_path, "dpo", "ppo")
+    run = copy_of(plain_run, tmp_path / "run", "dpo", "ppo")
     broken = tiny(1)
     with torch.no_grad():
         broken.trunk.norm.weight[0] = math.nan

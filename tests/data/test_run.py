@@ -16,10 +16,10 @@ MAKE_IT = "python train.py --stage sft --out run"
 
 
 def finished(folder, stage="sft", parents=None, **files):
-    begin_stage(folder, {"lr": 0.1})
+    assert begin_stage(folder, {"lr": 0.1}, parents or {}) is True
     for name, text in files.items():
         atomic_write(folder / name.replace("__", "/"), text)
-    finish_stage(folder, stage, {"lr": 0.1}, parents or {}, {"loss": 1.5})
+    finish_stage(folder, stage, {"loss": 1.5})
     return folder
 
 
@@ -37,39 +37,76 @@ def test_a_finished_stage_opens_with_what_it_was_made_of(tmp_path):
 
 
 def test_a_manifest_inside_a_stage_is_one_of_its_files(tmp_path):
-    begin_stage(tmp_path / "rm", {})
+    begin_stage(tmp_path / "rm", {}, {})
     finished(tmp_path / "rm" / "fold-0", "rm", weights="x")
-    finish_stage(tmp_path / "rm", "rm", {}, {}, {})
+    finish_stage(tmp_path / "rm", "rm", {})
     assert {"flags.json", "fold-0/manifest.json", "fold-0/weights", "fold-0/flags.json"} == set(open_stage(tmp_path / "rm", "")["files"])
 
 
 def test_a_missing_or_unfinished_stage_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UsageError, match=f"sft: does not exist; make it with: {MAKE_IT}"):
         open_stage(tmp_path / "sft", MAKE_IT)
-    begin_stage(tmp_path / "sft", {})
+    begin_stage(tmp_path / "sft", {}, {})
     atomic_write(tmp_path / "sft" / "model.safetensors", b"half")
     with pytest.raises(UsageError, match=f"sft: is unfinished; make it with: {MAKE_IT}") as stopped:
         open_stage(tmp_path / "sft", MAKE_IT)
     assert stopped.value.code == 2
 
 
-def test_a_stage_is_not_begun_where_one_stands(tmp_path):
-    finished(tmp_path / "sft")
-    with pytest.raises(UsageError, match="sft: this stage is finished already; .*remove the folder"):
-        begin_stage(tmp_path / "sft", {})
-    begin_stage(tmp_path / "dpo", {"beta": 0.1})
-    assert read_json(tmp_path / "dpo" / "flags.json") == {"beta": 0.1}
-    with pytest.raises(UsageError, match="dpo: holds an unfinished run; remove the folder"):
-        begin_stage(tmp_path / "dpo", {})
+def test_a_stage_that_is_finished_with_the_same_key_need_not_run(tmp_path):
+    parent = finished(tmp_path / "sft", weights="x")
+    folder = tmp_path / "dpo"
+    flags = {"lr": 1e-4, "layers": (1, 2), "data": None, "name": "é"}
+    assert begin_stage(folder, flags, {"init": parent}) is True
+    finish_stage(folder, "dpo", {})
+    before = (folder / "manifest.json").read_bytes()
+    assert begin_stage(folder, flags, {"init": parent}) is False
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_a_stage_that_is_finished_with_another_key_shows_the_difference_and_the_ways_out(tmp_path):
+    parent, folder = finished(tmp_path / "sft", weights="x"), tmp_path / "dpo"
+    begin_stage(folder, {"lr": 1e-4, "beta": 0.1}, {"init": parent})
+    finish_stage(folder, "dpo", {})
+    with pytest.raises(UsageError, match=r"dpo: .*\(lr was 0.0001, is 0.001\); choose another --out, or remove the folder") as stopped:
+        begin_stage(folder, {"lr": 1e-3, "beta": 0.1}, {"init": parent})
+    assert stopped.value.code == 2
+    with pytest.raises(UsageError, match="beta was 0.1, is None; epochs was None, is 3"):
+        begin_stage(folder, {"lr": 1e-4, "epochs": 3}, {"init": parent})
+    with pytest.raises(UsageError, match="init was .*, is None"):
+        begin_stage(folder, {"lr": 1e-4, "beta": 0.1}, {})
+    atomic_write(parent / "manifest.json", (parent / "manifest.json").read_text().replace("1.5", "1.25"))  # the parent was made anew
+    with pytest.raises(UsageError, match="init was "):
+        begin_stage(folder, {"lr": 1e-4, "beta": 0.1}, {"init": parent})
+
+
+def test_an_unfinished_stage_is_not_begun_again(tmp_path):
+    assert begin_stage(tmp_path / "dpo", {"beta": 0.1}, {})
+    assert read_json(tmp_path / "dpo" / "flags.json") == {"flags": {"beta": 0.1}, "parents": {}}
+    with pytest.raises(UsageError, match="dpo: holds an unfinished run; .*remove the folder"):
+        begin_stage(tmp_path / "dpo", {"beta": 0.1}, {})
     (tmp_path / "empty").mkdir()
-    begin_stage(tmp_path / "empty", {})
+    assert begin_stage(tmp_path / "empty", {}, {})
+
+
+def test_a_parent_from_elsewhere_is_known_by_its_weights(tmp_path):
+    atomic_write(tmp_path / "llama" / "model.safetensors", "abc")
+    begin_stage(tmp_path / "sft", {}, {"init": tmp_path / "llama"})
+    parents = read_json(tmp_path / "sft" / "flags.json")["parents"]
+    assert parents == {"init": {"path": str(tmp_path / "llama"), "weights": hashlib.sha256(b"abc").hexdigest()}}
+
+
+def test_a_parent_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing: .*model.safetensors"):
+        begin_stage(tmp_path / "sft", {}, {"init": tmp_path / "nothing"})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["file", "file/sft"])
 def test_a_stage_cannot_begin_in_a_file(where, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ResourceError, match="cannot be written") as stopped:
-        begin_stage(tmp_path / where, {})
+        begin_stage(tmp_path / where, {}, {})
     assert stopped.value.code == 6 and (tmp_path / "file").read_text() == "kept"
 
 

@@ -318,9 +318,9 @@ def test_kl_in_the_loss_pulls_towards_the_reference(estimator):
     before = exact_kl_of(policy, ref, rollout)
     still, _ = run_update(policy, batch, flags, kl_coef=0.0)
     assert not still[0].any()
-    (found,), _ = run_update(policy, batch, flags, kl_coef=0.4, lr=1.0)
+    (found,), _ = run_update(policy, batch, flags, kl_coef=0.4, lr=8.0)
     after = exact_kl_of(policy, ref, rollout)
-    assert 0.3 < before and after < 0.95 * before
+    assert 0.3 < before and 0.5 * before < after < 0.9 * before
     # by hand: kl_coef / tokens * sum of k' (onehot(token) - pi) into the row of the last token; k' is d for k2, 1 - exp(-d) for k3
     last, said = rollout.tokens[:, :-1][rollout.mask], rollout.tokens[:, 1:][rollout.mask]
     logp, ref_logp = table.log_softmax(-1), other.log_softmax(-1)

@@ -28,6 +28,7 @@ def told():
 
 def test_tokens_masks_lengths_and_ends(told):
     rollout, _ = told
+    assert rollout.lengths.tolist() == [5, 5, 5, 6]
     assert rollout.tokens.tolist() == [
         [BOS, 4, 5, 6, EOS, PAD],
         [BOS, 4, 4, 8, EOS, PAD],
@@ -51,14 +52,15 @@ def test_the_penalty_meets_the_cut_response_alone(told):
 def test_the_reward_model_sees_the_text_up_to_the_end_token(told):
     _, reward_model = told
     ((tokens, lengths),) = reward_model.seen
-    assert lengths.tolist() == [5, 5, 5, 6]
+    assert sorted(lengths.tolist()) == [5, 5, 5, 6]
     for row, length in zip(tokens, lengths, strict=True):
-        assert (row[length:] == PAD).all() and (row[:length] != PAD).all()
+        assert (row[length:] == PAD).all() and (row[:length] != PAD).all() and EOS not in row[: length - 1]
 
 
 def test_values_are_those_of_the_state_after_each_token(told):
     rollout, _ = told
-    assert torch.equal(rollout.values, rollout.tokens.float())  # the value head reads off the id of the last token
+    real = torch.arange(6) < rollout.lengths[:, None]
+    assert torch.equal(rollout.values[real], rollout.tokens[real].float())  # the value head reads off the id of the last token
 
 
 def test_the_summary_is_per_response_and_per_token(told):
@@ -152,7 +154,7 @@ def test_raw_scores_are_those_of_each_text_alone():
         length = int(rollout.response_mask[row].nonzero().max()) + 1
         alone = rollout.tokens[row : row + 1, :length]
         assert bool(rollout.ended[row]) == (alone[0, -1] == EOS)
-        score = float(reward_model(alone, torch.tensor([length])))
+        score = reward_model(alone, torch.tensor([length])).item()
         assert float(rollout.raw_scores[row]) == pytest.approx(score, abs=1e-5)
         expected = (score - 0.25) / 2.0 - (0.0 if rollout.ended[row] else 1.5)
         assert float(rollout.scores[row]) == pytest.approx(expected, abs=1e-5)
@@ -216,8 +218,9 @@ def test_randomness_follows_key_step_and_seed():
 
 
 def test_a_rollout_is_data():
+    those = models()
     state = torch.get_rng_state()
-    rollout = rollout_of(*models(), prompts_of(4))
+    rollout = rollout_of(*those, prompts_of(4))
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(getattr(rollout, field.name).requires_grad for field in fields(rollout))
     assert all(getattr(rollout, name).dtype == torch.float32 for name in ("scores", "logp", "ref_logp", "kl", "values"))

@@ -1,0 +1,401 @@
+"""train.py as a user calls it: the chain, each stage alone, the method's ablations, repeatability, and commands that are refused."""
+
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import runs
+import torch
+from runs import BUDGETS, STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, snapshot
+
+import data.advice
+import data.digest
+import data.synthetic
+import eval as evaluation
+from data.batches import encode_pairs
+from data.prepare import load_pairs
+from data.tokenizer import Tokenizer
+from model.checkpoint import load_model
+from model.heads import LanguageModel
+from model.parallel import World
+from model.score import sequence_logps
+
+ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
+
+
+def ids(path):
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+# ---- the chain
+
+
+def test_the_chain_makes_every_stage_and_the_comparison(chain):
+    for stage in STAGES:
+        made = manifest(chain / stage)
+        assert made["stage"] == stage
+        listed = {name: digest for name, digest in snapshot(chain / stage).items() if name != "manifest.json"}
+        assert made["files"] == listed
+    assert not list(chain.rglob("*.tmp"))
+    report = json.loads((chain / "eval" / "report.json").read_text())
+    assert {"sft", "dpo", "ppo"} <= set(json.dumps(report).replace('"', " ").split())
+    output = (chain.parent / "output.txt").read_text()
+    assert output.index("[sft]") < output.index("[rm]") < output.index("[ppo]") < output.index("wins against SFT") < output.index("next: python eval.py")
+
+
+def test_metrics_have_one_line_per_step_without_gaps(chain):
+    rows = {"sft": len(load_pairs(chain / "data", "train")), "dpo": len(ids(chain / "split" / "easy.jsonl"))}
+    expected = {"sft": -(-rows["sft"] // 32), "dpo": max(1, round(0.5 * -(-rows["dpo"] // 32))), "ppo": 2}
+    for stage in TRAINED:
+        folders = [chain / stage, *sorted((chain / stage).glob("fold-*"))]
+        assert len(folders) == (3 if stage == "rm" else 1)
+        for folder in folders:
+            lines = metrics(folder)
+            training = [line for line in lines if not any(name.startswith("valid_") for name in line)]
+            assert [line["step"] for line in training] == list(range(len(training)))
+            assert all(set(line) == set(training[0]) for line in training)
+            validation = [line["step"] for line in lines if line not in training]
+            assert validation and validation == sorted(set(validation)) and validation[-1] == len(training) - 1
+            assert all(math.isfinite(value) for line in lines for value in line.values())
+            assert len(training) == expected.get(stage, len(training))
+            assert all("time" in line for line in metrics(folder, timeless=False))
+
+
+def test_first_numbers_are_the_ones_that_theory_demands(chain):
+    assert metrics(chain / "rm")[0]["loss"] == pytest.approx(math.log(2), rel=0.05)
+    assert metrics(chain / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics(chain / "ppo")[0]["kl_ref_seq"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_parts_share_no_prompt(chain):
+    parts = [{pair.prompt for pair in load_pairs(chain / "data", part)} for part in ("train", "validation", "test")]
+    assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    prompt_of = {pair.id: pair.prompt for pair in load_pairs(chain / "data", "train")}
+    easy, difficult = ({prompt_of[row] for row in ids(chain / "split" / f"{half}.jsonl")} for half in ("easy", "difficult"))
+    assert easy and difficult and not easy & difficult
+
+
+def test_the_reference_of_ppo_is_the_dpo_model(chain):
+    """By digests that do not come from the program: ppo -> manifest of dpo -> weights of dpo."""
+    parents = manifest(chain / "ppo")["parents"]
+    assert list(parents["ref"].values()) == list(parents["init"].values())
+    assert sha256(chain / "dpo" / "manifest.json") in parents["ref"].values()
+    assert manifest(chain / "dpo")["files"]["model.safetensors"] == sha256(chain / "dpo" / "model.safetensors")
+    assert sha256(chain / "sft" / "manifest.json") in manifest(chain / "dpo")["parents"]["ref"].values()
+    assert sha256(chain / "rm" / "manifest.json") in parents["rm"].values()
+
+
+def test_sft_loss_measured_by_the_dpo_loader_is_the_sft_validation_loss(chain):
+    """One BOS, one EOS, one boundary in both loaders: else the loss would jump where the stages meet."""
+    tokenizer = Tokenizer(chain / "tokenizer" / "tokenizer.model")
+    pairs = list({(pair.prompt, pair.chosen): pair for pair in load_pairs(chain / "data", "validation")}.values())
+    rows, counts = encode_pairs(pairs, tokenizer, 160, 24)
+    assert len(rows) == len(pairs), counts
+    logps = sequence_logps(load_model(chain / "sft", LanguageModel), [row.chosen for row in rows], tokenizer.pad_id, ALONE)
+    loss = -logps.sum() / sum(len(row.chosen.response) for row in rows)
+    assert loss == pytest.approx(manifest(chain / "sft")["results"]["loss"], abs=1e-5)
+    assert all(row.chosen.prompt.count(tokenizer.bos_id) == 1 and tokenizer.bos_id not in row.chosen.response for row in rows)
+
+
+# ---- repeatability
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """The chain's command once more, in another folder and in this process."""
+    folder = tmp_path_factory.mktemp("twin") / "run"
+    here("--stage", "mpo", "--out", folder, *WORLD, *TINY)
+    return folder
+
+
+def test_the_same_seed_gives_the_same_files(chain, twin):
+    """Bytes of every file, but for the run's own path, times, and what is a digest of these."""
+
+    def contents(run):
+        return {name: (run / name).read_bytes().replace(str(run).encode(), b"RUN") for name in snapshot(run)}
+
+    first, second = contents(chain), contents(twin)
+    assert set(first) == set(second)
+    differing = {name for name in first if first[name] != second[name]}
+    assert not {name for name in differing if not name.endswith(("manifest.json", "flags.json", "metrics.jsonl", "report.json"))}
+    for folder in ("sft", "rm", "rm/fold-0", "rm/fold-1", "dpo", "ppo"):
+        assert f"{folder}/model.safetensors" in first
+        if folder != "rm":
+            assert metrics(chain / folder) == metrics(twin / folder), folder
+    for stage in TRAINED:
+        assert manifest(chain / stage)["results"] == manifest(twin / stage)["results"]
+
+
+def test_another_seed_gives_other_data_and_weights(chain, tmp_path):
+    run = tmp_path / "run"
+    here("--stage", "tokenizer", "--out", run, *WORLD, "--seed", 1)
+    here("--stage", "sft", "--out", run, *BUDGETS["sft"], "--seed", 1)
+    for name in ("data/train.jsonl", "sft/model.safetensors"):
+        assert sha256(run / name) != sha256(chain / name), name
+    assert sha256(run / "data/world/test.jsonl") == sha256(chain / "data/world/test.jsonl")  # every run is measured on the same prompts
+
+
+def test_a_finished_chain_is_skipped_and_another_setting_refused(twin):
+    """Finished with the same key: nothing is made again. With another one: the difference is shown, and nothing is touched."""
+    before = {name: digest for name, digest in snapshot(twin).items() if not name.startswith("eval/")}
+    output = here("--stage", "mpo", "--out", twin, *WORLD, *TINY)
+    assert output.count("finished already") == len(STAGES)
+    other = here("--stage", "mpo", "--out", twin, *WORLD, *TINY, "--dpo-beta", 0.7, expect=2)
+    assert "beta" in other and "0.7" in other and "--out" in other
+    assert {name: digest for name, digest in snapshot(twin).items() if not name.startswith("eval/")} == before
+
+
+def test_quick_runs_the_other_world_as_well(tmp_path):
+    flags = ["--test-prompts", 20, "--max-response", 24, *TINY, "--sft-epochs", 0.5]
+    output = here("--stage", "mpo", "--quick", "--data", "digest", "--out", tmp_path / "run", *flags)
+    assert "wins against SFT" in output and "TL;DR:" in output
+    assert manifest(tmp_path / "run" / "ppo")["stage"] == "ppo"
+
+
+# ---- the true reward is out of reach
+
+
+def test_no_stage_touches_the_true_reward(chain, tmp_path, monkeypatch):
+    """The chain on the written files, with everything that knows the true reward raising."""
+
+    def out_of_reach(*_, **__):
+        raise AssertionError("a stage asked for the true reward")
+
+    for module in (data.synthetic, data.advice, data.digest, evaluation):
+        for name in ("true_reward", "reward_terms", "well_formed", "best_response", "draw_rows", "write_response"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, out_of_reach)
+    with pytest.raises(AssertionError):
+        data.synthetic.true_reward("advice", "a", "b")
+    world = chain / "data" / "world"
+    specs = ["--data", f"hh:{world}/train.jsonl", "--test-data", f"hh:{world}/test.jsonl", "--max-response", 24]
+    here("--stage", "tokenizer", "--out", tmp_path / "run", *specs)
+    for stage in STAGES[1:]:
+        here("--stage", stage, "--out", tmp_path / "run", *BUDGETS.get(stage, ()))
+    assert sha256(tmp_path / "run/ppo/model.safetensors") == sha256(chain / "ppo/model.safetensors")  # and nothing else is different
+
+
+# ---- one stage at a time, and the ablations that the method's claim rests on
+
+
+@pytest.mark.parametrize("part", ["all", "difficult"])
+def test_dpo_on_another_part(chain, tmp_path, part):
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    output = here("--stage", "dpo", "--out", run, "--part", part, *BUDGETS["dpo"])
+    expected = len(ids(run / "split" / "difficult.jsonl") if part == "difficult" else load_pairs(run / "data", "train"))
+    assert f" {expected} pairs" in output
+    assert manifest(run / "dpo")["flags"]["part"] == part
+    assert sha256(run / "dpo" / "model.safetensors") != sha256(chain / "dpo" / "model.safetensors")
+
+
+def test_dpo_on_all_pairs_needs_no_split(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo", "rm", "split")
+    here("--stage", "dpo", "--out", run, "--part", "all", *BUDGETS["dpo"])
+
+
+def test_the_split_by_other_rules(chain, tmp_path):
+    everything = sorted(ids(chain / "rm" / "scores.jsonl"))
+    default = {half: ids(chain / "split" / f"{half}.jsonl") for half in ("easy", "difficult")}
+    gaps = {line["id"]: line["chosen"] - line["rejected"] for line in map(json.loads, (chain / "rm/scores.jsonl").read_text().splitlines())}
+    made = {}
+    for name, flags in {
+        "random": ("--rule", "random"), "none": ("--rule", "none"), "threshold": ("--rule", "threshold", "--threshold", "1e-4", "--per-pair"),
+    }.items():  # fmt: skip
+        run = copy_of(chain, tmp_path / name, "split", "dpo", "ppo")
+        here("--stage", "split", "--out", run, *flags)
+        made[name] = {half: ids(run / "split" / f"{half}.jsonl") for half in ("easy", "difficult")}
+    prompt_of = {pair.id: pair.prompt for pair in load_pairs(chain / "data", "train")}
+    prompts = {name: {prompt_of[row] for row in halves["easy"]} for name, halves in (made | {"default": default}).items()}
+    assert made["random"] != default and len(prompts["random"]) == len(prompts["default"])  # as many prompts, other ones
+    assert sorted(made["none"]["easy"]) == sorted(made["none"]["difficult"]) == everything
+    assert sorted(made["threshold"]["easy"]) == sorted(row for row in everything if gaps[row] >= 1e-4)
+
+
+PPO = {
+    "reference = SFT": (["--ref", "RUN/sft"], {"ref": "sft", "init": "dpo"}),
+    "all from SFT": (["--init", "RUN/sft", "--ref", "RUN/sft"], {"ref": "sft", "init": "sft"}),
+    "a critic of its own": (["--critic", "separate"], {"ref": "dpo", "init": "dpo"}),
+    "all prompts": (["--part", "all"], {"ref": "dpo", "init": "dpo"}),
+    "other prompts": (["--prompts", "jsonl:RUN/prompts.jsonl"], {"ref": "dpo", "init": "dpo"}),
+    "k2 in the loss": (["--kl-estimator", "k2", "--kl-placement", "loss"], {"ref": "dpo", "init": "dpo"}),
+}
+
+
+@pytest.mark.parametrize("name", PPO)
+def test_ppo_ablations(chain, tmp_path, name):
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    runs.write_rows(run / "prompts.jsonl", [{"prompt": f"Name {n} fruits."} for n in range(5)])  # fewer than one round samples
+    flags, parents = PPO[name]
+    output = here("--stage", "ppo", "--out", run, *BUDGETS["ppo"], *(flag.replace("RUN", str(run)) for flag in flags))
+    made = manifest(run / "ppo")
+    for parent, stage in parents.items():
+        assert sha256(run / stage / "manifest.json") in made["parents"][parent].values()
+    first = metrics(run / "ppo")[0]
+    if parents["ref"] != parents["init"]:
+        assert abs(first["kl_ref_seq"]) > 1e-4
+    else:
+        assert abs(first["kl_ref_seq"]) < 1e-5
+    assert (run / "ppo" / "critic" / "model.safetensors").exists() == (name == "a critic of its own")
+    if name in ("all prompts", "other prompts"):
+        train = {pair.prompt for pair in load_pairs(run / "data", "train")}
+        assert f"  {5 if name == 'other prompts' else len(train)} prompts;" in output
+    if name == "a critic of its own":
+        assert abs(first["explained_variance"]) > 0  # the reward model's values, where a new head begins with nothing but zeros
+    # whatever the ablation, an explicit --init never moves the reference
+    assert sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
+
+
+def test_init_does_not_move_the_reference(chain, tmp_path):
+    """DPO from another start keeps the SFT reference: its first implicit rewards are not 0."""
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    (run / "dpo").rename(run / "start")
+    here("--stage", "dpo", "--out", run, "--init", run / "start", *BUDGETS["dpo"])
+    assert sha256(run / "sft" / "manifest.json") in manifest(run / "dpo")["parents"]["ref"].values()
+    assert abs(metrics(run / "dpo")[0]["chosen_reward"]) > 1e-4
+
+
+def test_a_model_from_elsewhere_can_be_the_start(chain, tmp_path):
+    """A folder with weights, config and tokenizer, and no manifest of ours."""
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        (foreign / name).write_bytes((chain / "dpo" / name).read_bytes())
+    here("--stage", "dpo", "--out", run, "--init", foreign, "--ref", foreign, *BUDGETS["dpo"])
+    assert sha256(foreign / "model.safetensors") in json.dumps(manifest(run / "dpo"))  # it is on record which weights they were
+
+
+# ---- commands that are refused
+
+
+def test_missing_parents_name_the_command_that_makes_them(chain, tmp_path):
+    out = tmp_path / "new"
+    message = here("--stage", "sft", "--out", out, expect=2)
+    assert f"train.py --stage tokenizer --out {out}" in message and not out.exists()
+    for stage, missing in {"rm": "sft", "split": "rm", "dpo": "split", "ppo": "dpo"}.items():
+        run = copy_of(chain, tmp_path / stage, *STAGES[STAGES.index(missing) :])
+        before = snapshot(run)
+        assert f"train.py --stage {missing} --out {run}" in here("--stage", stage, "--out", run, expect=2)
+        assert snapshot(run) == before
+
+
+def test_a_finished_stage_is_not_overwritten(chain):
+    before = snapshot(chain)
+    message = here("--stage", "sft", "--out", chain, "--epochs", 2, expect=2)
+    assert str(chain / "sft") in message and "epochs" in message and "--out" in message
+    assert snapshot(chain) == before
+
+
+def test_an_unfinished_stage_is_neither_overwritten_nor_read(chain, tmp_path):
+    """What a killed run leaves: all files but the manifest."""
+    run = copy_of(chain, tmp_path / "run")
+    (run / "dpo" / "manifest.json").unlink()
+    before = snapshot(run)
+    assert "unfinished" in here("--stage", "dpo", "--out", run, *BUDGETS["dpo"], expect=2)
+    message = here("--stage", "ppo", "--out", run, *BUDGETS["ppo"], expect=2)
+    assert "unfinished" in message and f"--stage dpo --out {run}" in message
+    assert "unfinished" in here("--stage", "ppo", "--out", run, "--init", run / "dpo", "--ref", run / "sft", expect=2)
+    assert snapshot(run) == before
+
+
+def test_changed_weights_are_refused(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    weights = bytearray((run / "dpo" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (run / "dpo" / "model.safetensors").write_bytes(weights)
+    assert "model.safetensors: changed" in here("--stage", "ppo", "--out", run, expect=4)
+    assert not (run / "ppo").exists()
+
+
+def test_the_data_of_a_run_stays(chain):
+    before = snapshot(chain)
+    for flags in (["--pairs", 300], ["--max-prompt", 50], ["--data", "digest"], ["--seed", 5]):
+        message = here("--stage", "sft", "--out", chain, *flags, expect=2)
+        assert flags[0] in message and "was made with" in message
+    assert snapshot(chain) == before
+
+
+REFUSED = [
+    ("", "--stage"),
+    ("--stage everything", "everything"),
+    ("--stage ppo --top-p 0.9", "--top-p"),
+    ("--stage mpo --lr 1e-4", "--lr"),
+    ("--stage sft --kl-coef 0.1", "--kl-coef"),
+    ("--stage dpo --size tiny", "--size"),
+    ("--stage dpo --lear 1e-4", "--lear"),
+    ("--stage sft --size gigantic", "gigantic"),
+    ("--stage sft --epochs many", "many"),
+    ("--stage dpo --lr -1", "--lr -1.0"),
+    ("--stage mpo --ppo-lr nan", "--ppo-lr nan"),
+    ("--stage mpo --dpo-beta inf", "--dpo-beta"),
+    ("--stage sft --batch-size 0", "--batch-size 0"),
+    ("--stage sft --weight-decay -0.1", "--weight-decay -0.1"),
+    ("--stage rm --warmup 1.5", "--warmup 1.5"),
+    ("--stage rm --folds 0", "--folds 0"),
+    ("--stage ppo --kl-estimator k3", "k3"),
+    ("--stage ppo --kl-estimator k2", "k2"),
+    ("--stage mpo --ppo-kl-placement loss", "k1"),
+    ("--stage ppo --kl-coef -0.1", "--kl-coef -0.1"),
+    ("--stage ppo --gae-lambda 1.5", "--gae-lambda 1.5"),
+    ("--stage ppo --discount 1.1", "--discount 1.1"),
+    ("--stage ppo --value-coef -1", "--value-coef -1"),
+    ("--stage ppo --temperature 0", "--temperature 0"),
+    ("--stage split --rule threshold", "--threshold"),
+    ("--stage mpo --split-quantile 1.5", "--quantile 1.5"),
+    ("--stage split --threshold 1", "--rule"),
+    ("--stage dpo --loss ipo --label-smoothing 0.1", "ipo"),
+    ("--stage dpo --label-smoothing 0.5", "label_smoothing"),
+    ("--stage tokenizer --data nonsense", "nonsense"),
+    ("--stage tokenizer --data hh:nowhere.jsonl", "nowhere.jsonl"),
+    ("--stage tokenizer --test-share 1", "--test-share 1"),
+    ("--stage tokenizer --flip-rate 2", "--flip-rate 2"),
+    ("--stage tokenizer --pairs 0", "--pairs 0"),
+    ("--stage tokenizer --skip-bad-rows -1", "--skip-bad-rows -1"),
+    ("--stage tokenizer --label-temperature -1", "--label-temperature -1"),
+    ("--stage sft --parallel fsdp", "torchrun"),
+    ("--stage sft --dtype fp64", "fp64"),
+    pytest.param("--stage sft --device cuda", "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+]
+
+
+@pytest.mark.parametrize("line, part", REFUSED)
+def test_impossible_flags_are_refused_before_anything_is_written(tmp_path, line, part):
+    message = here(*line.split(), "--out", tmp_path / "run", expect=2)
+    assert part in message
+    assert not snapshot(tmp_path)
+
+
+@pytest.mark.parametrize("stage, flag", [("ppo", "--prompts-per-iteration"), ("mpo", "--ppo-prompts-per-iteration")])
+def test_prompts_that_processes_cannot_share_are_refused_at_once(tmp_path, monkeypatch, stage, flag):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = here("--stage", stage, flag, 7, "--out", tmp_path / "run", expect=2)
+    assert f"{flag} 7" in message and "multiple of the 2 processes" in message and not (tmp_path / "run").exists()
+
+
+def test_help_lists_exactly_the_flags_of_the_stage():
+    described = here("--stage", "dpo", "--help")
+    assert re.search(r"--beta ", described) and re.search(r"--lr ", described)
+    assert "--kl-coef" not in described and "--size" not in described and "--dpo-lr" not in described
+    assert "--dpo-lr" in here("--stage", "mpo", "--help")
+
+
+def cpu_seconds(*args):
+    """User and system time of a command, which depends less on how busy the machine is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *args], cwd=runs.ROOT, env={**os.environ, **runs.ONE_THREAD}, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_bad_flag_is_refused_within_a_second_beyond_importing_torch(tmp_path):
+    bad = ("--stage", "mpo", "--ppo-lr", "-1", "--out", str(tmp_path / "run"))
+    assert command(*bad, expect=2).strip() == "error: --ppo-lr -1.0: must be a positive finite number"
+    beyond = [cpu_seconds("train.py", *bad) - cpu_seconds("-c", "import torch")]
+    if beyond[0] > 1:  # a disturbance? once more
+        beyond.append(cpu_seconds("train.py", *bad) - cpu_seconds("-c", "import torch"))
+    assert min(beyond) < 1
