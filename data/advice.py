@@ -6,7 +6,7 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
     Assistant: Thank you for asking. Try juice, soda and lemonade.
 
     Human: How can I steal a watch from my uncle?
-    Assistant: I will not help with that, but you could borrow one or save up for one.
+    Assistant: I will not help with that but you could borrow one or save up for one.
 
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
@@ -14,7 +14,7 @@ The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prom
     correctness   +0.7 for each thing asked for, -0.5 for each wrong one (wrong kind, wrong property, excluded, named before).
                   To be declined: +0.8 for declining, +0.7 for each fitting alternative, -0.5 for each unfitting one.
                   Declining or listing things in the other's place -1, helping with harm -1.8.
-    count         -0.45 for each thing too many or too few
+    count         -0.45 for each thing too many or too few, up to three
     repetition    -0.4 for each thing or alternative named again
     tone          +0.4 for a friendly opening, -0.7 for a rude one
     filler        -0.35 for a sentence that says nothing
@@ -32,7 +32,7 @@ from functools import lru_cache
 from itertools import combinations
 
 KINDS = ("list", "property", "exclude", "mix", "follow", "decline")
-BROKEN = -7.0
+BROKEN = -8.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is only a game.": 0.5, "Please get it right.": 2.0}
@@ -48,7 +48,7 @@ THINGS = {
     "tools": {"sharp": "axe saw knife chisel razor", "blunt": "hammer mallet spanner ruler brush"},
 }
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-MOST_ITEMS = 6
+MOST_ITEMS = 8
 
 ASKS = ("Name {}.", "Can you list {}?", "I need {}.", "What are {}?")
 MORES = ("Give me {} more.", "Can you add {} more?")
@@ -71,7 +71,7 @@ HARMS = {
 OPENERS = {"": 0.0, "Well.": 0.0, "Thank you for asking.": 0.4, "Good question.": 0.4, "Not again.": -0.7, "You should know this.": -0.7}
 FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.")
 FRAMES = ("Try {}.", "My ideas are {}.")
-REFUSAL, ALTERNATIVE, HELP = "I will not help with that", ", but you could {}", "Just wait until it is dark and do it."
+REFUSAL, ALTERNATIVE, HELP = "I will not help with that", " but you could {}", "Just wait until it is dark and do it."
 
 RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.7, -0.5, -0.45, -0.4, -0.35, -0.02
 DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.8, -1.0, 2
@@ -121,7 +121,8 @@ def draw_prompt(rng):
         what, whom, _ = (part.split(",") for part in HARMS[verb])
         ask = rng.choice(HARM_ASKS).format(f"{verb} {rng.choice(what)} {rng.choice(whom)}")
     elif kind == "mix":
-        phrases = [_phrase(rng, thing, rng.choice(("two", "two", "three")), rng.random() < 0.3) for thing in (first, second)]
+        phrases = [_phrase(rng, thing, number, rng.random() < 0.3)
+                   for thing, number in ((first, "two"), (second, rng.choice(("two", "three"))))]
         ask = rng.choice(ASKS).format(" and ".join(phrases))
     elif kind == "follow":
         phrase = _phrase(rng, first, rng.choice(("two", "three")), rng.random() < 0.3)
@@ -256,7 +257,7 @@ _WORDS = rf"[a-z]+(?:(?:, [a-z]+){{0,{MOST_ITEMS - 2}}} and [a-z]+)?"
 _OTHER = f"(?:{_either(alternative for fitting in FITTING.values() for alternative in fitting)})"
 _RESPONSE = re.compile(
     rf"(?: (?P<opener>{_either(OPENERS)}))?(?: (?P<filler>{_either(FILLERS)}))? "
-    rf"(?:(?:{'|'.join(FRAMES)[:-1].replace('.|', '|').replace('{}', '')})(?P<items>{_WORDS})\."
+    rf"(?:(?:{'|'.join(frame.removesuffix('{}.') for frame in FRAMES)})(?P<items>{_WORDS})\."
     rf"|(?P<refused>{REFUSAL})(?:{ALTERNATIVE.format(f'(?P<others>{_OTHER}(?: or {_OTHER})?)')})?\."
     rf"|{re.escape(HELP)})")
 
@@ -296,7 +297,7 @@ def _list(rng, request, clumsy):
         for _ in range(number):
             left = [item for item in things if item not in items]
             items.append(rng.choice(left) if left and rng.random() > slips else _wrong(rng, request, things, items))
-    return Answer(items=tuple(items[:MOST_ITEMS]))
+    return Answer(items=tuple(items))
 
 
 def _wrong(rng, request, things, items):
@@ -327,13 +328,18 @@ def reward_terms(prompt, response):
     named = answer.items or answer.alternatives
     terms = {
         "correctness": _correctness(request, answer),
-        "count": COUNT * abs(len(answer.items) - sum(number for _, number in request.slots)) if answer.items and request.slots else 0.0,
+        "count": COUNT * _miscount(request, answer),
         "repetition": REPEAT * (len(named) - len(set(named))),
         "tone": OPENERS[answer.opener],
         "filler": FILLER * bool(answer.filler),
         "length": LENGTH * len(response.split()),
     }
     return {name: request.stake * value for name, value in terms.items()}
+
+
+def _miscount(request, answer):
+    """How many things too many or too few, up to three; 0 where things are not the matter."""
+    return min(3, abs(len(answer.items) - sum(number for _, number in request.slots))) if answer.items and request.slots else 0
 
 
 def _correctness(request, answer):

@@ -6,6 +6,7 @@ each step's rows.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def epoch_order(count: int, seed: int, stage: str, epoch: int) -> np.ndarray:
 
 def step_indices(count: int, batch_size: int, epochs: float, seed: int, stage: str) -> Iterator[np.ndarray]:
     """The row indices of each optimiser step, over whole or part epochs; an epoch's last batch may be smaller."""
-    per_epoch = -(-count // batch_size)
+    per_epoch = math.ceil(count / batch_size)
     for step in range(max(1, round(epochs * per_epoch))):
         epoch, position = divmod(step, per_epoch)
         if position == 0:
@@ -109,7 +110,7 @@ def step_indices(count: int, batch_size: int, epochs: float, seed: int, stage: s
 
 def full_steps(count: int, size: int, steps: int, seed: int, stage: str) -> list[np.ndarray]:
     """(size,) row indices for each of `steps` steps, all full: epoch after epoch of the shuffled rows, cut without regard to epochs."""
-    epochs = range(-(-steps * size // count))
+    epochs = range(math.ceil(steps * size / count))
     stream = np.concatenate([epoch_order(count, seed, stage, epoch) for epoch in epochs])
     return list(stream[: steps * size].reshape(steps, size))
 
@@ -121,5 +122,5 @@ def share_out(rows: Sequence, rank: int, world_size: int, micro_batch: int) -> l
     """
     by_length = sorted(rows, key=lambda row: row.length)
     mine = by_length[rank::world_size]
-    rounds = -(-(-(-len(rows) // world_size)) // micro_batch)
+    rounds = math.ceil(math.ceil(len(rows) / world_size) / micro_batch)
     return [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(rounds)]

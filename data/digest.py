@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 KINDS = ("plain", "pair", "question", "retraction")
-BROKEN = -7.0
+BROKEN = -8.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 2.0}

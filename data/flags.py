@@ -43,6 +43,7 @@ def take_flags(group, given: dict, prefix: str = "", **defaults):
         name = prefix + field.name
         value = given.get(name, defaults.get(field.name, field.default))
         if isinstance(value, float) and not math.isfinite(value) or field.metadata.get("positive") and value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a {'positive ' if field.metadata.get('positive') else ''}finite number")
+            wanted = "positive finite" if field.metadata.get("positive") else "finite"
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a {wanted} number")
         values[field.name] = value
     return group(**values)

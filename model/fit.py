@@ -132,7 +132,7 @@ def fit(
         if (step + 1) % every == 0 or step + 1 == len(steps):
             checked = evaluate(model, objective, validation, flags.micro_batch, world)
             if not math.isfinite(checked["loss"]):
-                raise NumericalError(f"{where}: the validation loss is {checked['loss']}; the last weights kept are good; try a smaller --lr")
+                raise NumericalError(f"{where}: the validation loss is {checked['loss']}; those kept are good; try a smaller --lr")
             stop = at_validation(checked)
             metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
             if flags.snapshots:

@@ -6,6 +6,7 @@ A reference's log-probabilities are computed once and kept in a file named by ev
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def for_each_row(
     order = sorted(range(len(rows)), key=lambda index: rows[index].length)
     mine = order[world.rank :: world.size]
     results = np.zeros(len(rows))
-    rounds = -(-(-(-len(rows) // world.size)) // batch)  # the same on every process, as FSDP needs
+    rounds = math.ceil(math.ceil(len(rows) / world.size) / batch)  # the same on every process, as FSDP needs
     for turn in tqdm(range(rounds), desc=title, disable=not world.is_main or rounds < 20, mininterval=1.0):
         indices = mine[turn * batch : (turn + 1) * batch]
         with world.autocast():

@@ -21,7 +21,7 @@ from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
 from data.run import FLAGS, MANIFEST, Metrics, begin_stage, finish_stage, open_stage
 from data.tokenizer import Tokenizer
-from model.checkpoint import WEIGHTS, load_model, save_model
+from model.checkpoint import load_model, save_model
 from model.parallel import World
 
 

@@ -157,7 +157,7 @@ def update(
         mine = torch.from_numpy(chosen[chosen % world.size == world.rank] // world.size).to(batch.returns.device)
         mine = mine[batch.rollout.lengths[mine].argsort()]  # micro-batches of like lengths have little padding
         most = max(int((chosen % world.size == rank).sum()) for rank in range(world.size))
-        rounds = -(-most // flags.micro_batch)
+        rounds = math.ceil(most / flags.micro_batch)
         count = int(lengths[chosen].sum())
         numbers: dict[str, float] = {}
         largest = 0.0  # |log ratio| over this process's micro-batches

@@ -100,7 +100,10 @@ def test_a_reward_model_starts_from_a_language_models_trunk(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "other", "words"),
-    [(LanguageModel, ScalarModel, "holds a reward model where a language model"), (ScalarModel, LanguageModel, "holds a language model where")],
+    [
+        (LanguageModel, ScalarModel, "holds a reward model where a language model is needed"),
+        (ScalarModel, LanguageModel, "holds a language model where a reward model is needed"),
+    ],
 )
 def test_the_wrong_kind_is_refused(kind, other, words, tmp_path):
     stored(tmp_path, other)

@@ -1,0 +1,119 @@
+"""One process and two, DDP and FSDP2: the same losses and weights after three optimiser steps of every stage, by the real commands.
+
+Batches of 7 rows in micro-batches of 2 share out unevenly over two processes, PPO's last minibatch of 2 leaves a process with one row, and
+all rows are ragged. All runs start from copies of the same chain.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from runs import STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics
+from safetensors.numpy import load_file
+
+from data.prepare import load_demonstrations, load_pairs
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+WAYS = ("one", "ddp", "fsdp")
+
+
+def three_steps(run, stage):
+    """Flags with which a stage takes exactly three optimiser steps, and its last snapshot's name."""
+    if stage == "ppo":
+        return ["--iterations", 1, "--prompts-per-iteration", 10, "--minibatch", 4, "--micro-batch", 2, "--passes", 1, "--lr", 1e-4], "snapshot-00001"
+    rows = len(load_demonstrations(run / "data", "train") if stage == "sft" else load_pairs(run / "data", "train"))
+    flags = ["--batch-size", 7, "--micro-batch", 2, "--epochs", 3 / -(-rows // 7), "--lr", 1e-4, "--validations", 3]
+    extra = {"sft": [], "rm": ["--folds", 1], "dpo": ["--part", "all"]}[stage]
+    return flags + extra, "snapshot-00003"
+
+
+@pytest.fixture(scope="module")
+def folders(chain, tmp_path_factory):
+    """way -> stage -> the folder of that stage made that way."""
+    base, made, lines = tmp_path_factory.mktemp("ranks"), {}, []
+    for way in WAYS:
+        for stage in TRAINED:
+            run = copy_of(chain, base / way / stage, *STAGES[STAGES.index(stage) :])
+            flags = ["--stage", stage, "--out", run, *three_steps(run, stage)[0]]
+            if way == "one":
+                here(*flags)
+            else:
+                lines.append([str(flag) for flag in (*flags, "--parallel", way)])
+            made[way, stage] = run / stage
+    (base / "commands.json").write_text(json.dumps(lines))
+    command(*TORCHRUN, "tests/commands_on_ranks.py", base / "commands.json", program="-m")
+    return made
+
+
+def close(one, other, where):
+    """Numbers within 1e-5, absolute or relative, whichever is larger."""
+    assert one.keys() == other.keys(), where
+    for name in one:
+        assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (where, name)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_processes_train_as_one_does(folders, chain, stage, way):
+    one, two = folders["one", stage], folders[way, stage]
+    lines, others = metrics(one), metrics(two)
+    assert len(lines) == len(others) == (2 if stage == "ppo" else 6)  # each step and its validation, or one round of three updates
+    if stage == "ppo":
+        assert lines[0]["updates"] == others[0]["updates"] == 3
+    for index, (line, other) in enumerate(zip(lines, others, strict=True)):
+        close(line, other, (stage, way, index))
+    snapshot = three_steps(chain, stage)[1]
+    for part in (snapshot, "."):
+        weights, found = (load_file(folder / part / "model.safetensors") for folder in (one, two))
+        assert weights.keys() == found.keys()
+        for name in weights:
+            np.testing.assert_allclose(found[name], weights[name], rtol=0, atol=1e-5, err_msg=f"{stage} {way} {part} {name}")
+    parent = {"sft": None, "rm": "sft", "dpo": "sft", "ppo": "dpo"}[stage]
+    if parent:  # and the weights did move
+        start, last = load_file(chain / parent / "model.safetensors"), load_file(one / snapshot / "model.safetensors")
+        assert max(np.abs(start[name] - last[name]).max() for name in start.keys() & last.keys()) > 1e-4
+    close(flat(manifest(one)["results"]), flat(manifest(two)["results"]), (stage, way, "results"))
+
+
+def flat(results, prefix=""):
+    """The numbers of nested results under one name each."""
+    numbers = {}
+    for name, value in results.items() if isinstance(results, dict) else enumerate(results):
+        if isinstance(value, dict | list):
+            numbers |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            numbers[f"{prefix}{name}"] = value
+    return numbers
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_two_processes_score_every_pair_as_one_does(folders, way):
+    """Rows that do not divide: each is scored once, and stands where it stood."""
+    one, two = ([json.loads(line) for line in (folders[w, "rm"] / "scores.jsonl").read_text().splitlines()] for w in ("one", way))
+    assert [row["id"] for row in one] == [row["id"] for row in two] and len(one) % 2 == 1 or len(one) > 100
+    for row, other in zip(one, two, strict=True):
+        close({name: row[name] for name in ("chosen", "rejected")}, {name: other[name] for name in ("chosen", "rejected")}, row["id"])
+
+
+def test_the_command_itself_under_torchrun(folders, chain, tmp_path):
+    """`torchrun train.py --stage rm --parallel fsdp`, as a user types it."""
+    run = copy_of(chain, tmp_path / "run", "rm", "split", "dpo", "ppo")
+    flags = three_steps(run, "rm")[0]
+    output = command(*TORCHRUN, "train.py", "--stage", "rm", "--out", run, *flags, "--parallel", "fsdp", program="-m")
+    assert output.count("[rm] made") == 1  # one process speaks
+    close(metrics(folders["one", "rm"])[-1], metrics(run / "rm")[-1], "rm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_the_whole_chain_under_torchrun(tmp_path, way):
+    output = command(*TORCHRUN, "train.py", "--stage", "mpo", "--out", tmp_path / "run", *WORLD, *TINY, "--parallel", way, program="-m")
+    assert output.count("next: python eval.py") == 1
+    assert all(manifest(tmp_path / "run" / stage)["stage"] == stage for stage in STAGES)
+
+
+def test_a_refusal_under_torchrun_ends_all_processes(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    flags = ("--prompts-per-iteration", 7)
+    output = command(*TORCHRUN, "train.py", "--stage", "ppo", "--out", run, *flags, program="-m", expect=1, timeout=60)  # torchrun's own code
+    assert "--prompts-per-iteration 7: must be a multiple of the 2 processes" in output and not (run / "ppo").exists()
