@@ -50,7 +50,7 @@ from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_t
 from model.transformer import SIZES, initialise, sized
 from model.watch import check_first_preference_step, has_left_reference, sampled_kl
 from rl.ppo import PpoFlags, check_ppo_flags, summary, train_ppo
-from rl.rollout import Sampling, roll_out
+from rl.rollout import Rollout, Sampling, roll_out
 
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
@@ -378,11 +378,13 @@ def ppo_stage(run: Run) -> None:
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
 
         def validate() -> dict[str, float]:
-            keys = list(range(world.rank, len(checks) - len(checks) % world.size, world.size))
+            keys = list(range(world.rank, len(checks), world.size))
+            same_for_all = keys + [0] * (-(-len(checks) // world.size) - len(keys))  # FSDP needs as many rows of every process
             rollout, _ = roll_out(
-                model, ref, reward_model, [checks[k] for k in keys], keys,
+                model, ref, reward_model, [checks[k] for k in same_for_all], same_for_all,
                 seed=run.flags.seed, step=-1, sampling=how, micro_batch=flags.micro_batch, world=world,
             )  # fmt: skip
+            rollout = Rollout(*(getattr(rollout, field.name)[: len(keys)] for field in dataclasses.fields(Rollout)))
             numbers = summary(rollout, world)
             return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
 

@@ -46,7 +46,7 @@ QUESTIONS = ("should I move out", "must I call the police", "can I ask for money
 ASKING = "Tell me, {}?"
 ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a long day")
 LEADS = ("Long story short,", "Well, as you can see,")
-MOST_CLAIMS = 5
+MOST_CLAIMS = 6
 
 COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 0.8, -0.8, -0.3, -0.5, -0.03
 

@@ -109,13 +109,22 @@ def fit(
     """
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
     steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
-    every = -(-len(steps) // flags.validations)
-    best = {**evaluate(model, objective, validation, flags.micro_batch, world), "step": -1}
-    at_validation(best)
+    every = math.ceil(len(steps) / flags.validations)
+    began = time.perf_counter()
+
+    def look(step: int) -> tuple[dict[str, float], bool]:
+        """Validation's numbers after `step`, and whether to stop."""
+        checked = evaluate(model, objective, validation, flags.micro_batch, world)
+        if not math.isfinite(checked["loss"]):
+            raise NumericalError(f"{stage}, step {step}: the validation loss is {checked['loss']}; those kept are good; try a smaller --lr")
+        stop = at_validation(checked)
+        metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+        return {**checked, "step": step}, stop
+
+    best, _ = look(-1)
     keep("")
     since_best = 0
     bar = tqdm(steps, desc=stage, disable=not world.is_main, mininterval=1.0)
-    began = time.perf_counter()
     for step, indices in enumerate(bar):
         model.train()
         where = f"{stage}, step {step}"
@@ -130,18 +139,14 @@ def fit(
         metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, time=time.perf_counter() - began)
         bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == len(steps):
-            checked = evaluate(model, objective, validation, flags.micro_batch, world)
-            if not math.isfinite(checked["loss"]):
-                raise NumericalError(f"{where}: the validation loss is {checked['loss']}; those kept are good; try a smaller --lr")
-            stop = at_validation(checked)
-            metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            checked, stop = look(step)
             if flags.snapshots:
                 keep(f"snapshot-{step + 1:05d}")
             if stop:
                 break
             since_best += 1
             if checked["loss"] < best["loss"]:
-                best, since_best = {**checked, "step": step}, 0
+                best, since_best = checked, 0
                 keep("")
             if since_best >= flags.patience:
                 break

@@ -159,10 +159,13 @@ def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
 
 
 def validation_prompts(run: Run, text: Text, count: int) -> list[tuple[int, ...]]:
-    """Ids of the first `count` different prompts of the validation part."""
+    """Ids of the first `count` different prompts of the validation part; raises DataError where processes would go without."""
     pairs = load_pairs(run.folder / "data", "validation")
     prompts = dict.fromkeys((pair.prompt, pair.style) for pair in pairs)
-    return [ids for prompt in prompts if (ids := encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0])][:count]
+    fitting = [ids for prompt in prompts if (ids := encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0])]
+    if len(fitting) < run.world.size:
+        raise DataError(f"{run.folder / 'data'}: {len(fitting)} validation prompts for {run.world.size} processes; raise --validation-share")
+    return fitting[:count]
 
 
 def parameters(model) -> int:

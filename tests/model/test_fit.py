@@ -249,8 +249,8 @@ def test_weights_are_kept_where_validation_is_best_and_patience_ends_training(tm
         keep=lambda snapshot: kept.append((snapshot, len(lines(path)))),
     )  # fmt: skip
     assert best == {"loss": 3.0, "step": 3}
-    assert kept == [("", 0), ("", 2), ("", 4), ("", 8)]  # at the start, and after the validations of steps 0, 1 and 3, of two lines each
-    assert [line["valid_loss"] for line in lines(path) if "valid_loss" in line] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5]
+    assert kept == [("", 1), ("", 3), ("", 5), ("", 9)]  # after the validations at the start and of steps 0, 1 and 3; a step adds two lines
+    assert [line["valid_loss"] for line in lines(path) if "valid_loss" in line] == [6.0, 5.0, 4.0, 4.5, 3.0, 3.0, 3.5]
 
 
 def test_every_validation_leaves_a_snapshot_and_the_last_is_of_the_last_weights():
@@ -292,13 +292,14 @@ def test_validations_are_at_most_as_many_as_asked_for(validations, steps_looked_
     _, rows, objective = task("rm", 10)
     flags = replace(FLAGS, batch_size=1, validations=validations, lr=1e-6)
     run_fit(loud(task("rm", 1)[0]), objective, rows, tmp_path / "metrics.jsonl", flags)
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl") if "valid_loss" in line] == steps_looked_at
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl") if "valid_loss" in line] == [-1, *steps_looked_at]
 
 
 def test_metrics_have_one_line_per_step_and_validation(tmp_path):
     kind, pairs, objective = task("dpo", 8)
     run_fit(loud(kind), objective, pairs, tmp_path / "metrics.jsonl")
-    first, valid, *_ = lines(tmp_path / "metrics.jsonl")
+    at_start, first, valid, *_ = lines(tmp_path / "metrics.jsonl")
+    assert at_start["step"] == -1 and set(at_start) == set(valid)
     names = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "chosen_fall"}
     assert set(first) == {"step", "lr", "grad_norm", "time"} | names
     assert set(valid) == {"step", "time"} | {f"valid_{name}" for name in names}

@@ -1,0 +1,403 @@
+"""The built-in worlds: what may win, what must lose, and that rows, labels and files are what they are said to be."""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data import advice, digest, synthetic
+from data.errors import UsageError
+from tests.conftest import real_data
+
+NAMES = tuple(synthetic.WORLDS)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def drawn(request):
+    """(name, 1,500 unlabelled rows (prompt, first, second) of one seed)."""
+    return request.param, [synthetic.draw_pair(request.param, 0, index) for index in range(1500)]
+
+
+def worst_response(name, prompt):
+    """A response as bad as the grammar allows: everything wrong, as often and as rudely as it goes."""
+    if name == "advice":
+        request = advice.read_prompt(prompt)
+        wrong = [item for item in advice.ITEMS if all(item not in things for things, _ in request.slots)][: advice.MOST_ITEMS]
+        repeated = [wrong[0]] * advice.MOST_ITEMS
+        unfitting = [text for texts in advice.FITTING.values() for text in texts if text not in request.fitting][:2]
+        answers = [advice.Answer(items=tuple(wrong)), advice.Answer(items=tuple(repeated)), advice.Answer(),
+                   advice.Answer(refused=True, alternatives=tuple(unfitting)), advice.Answer(refused=True, alternatives=(unfitting[0],) * 2)]
+        texts = [advice.write_answer(advice.replace(answer, opener="You should know this.", filler=advice.FILLERS[0]), advice.FRAMES[-1])
+                 for answer in answers]
+    else:
+        post = digest.read_prompt(prompt)
+        invented = [fact for fact in ((person, deed) for person in digest.PEOPLE for deed in digest.DEEDS) if fact not in post.facts]
+        question = [text for text in digest.QUESTIONS if text != post.question][0]
+        texts = [digest.write_summary([*claims, question], digest.LEADS[-1], together=False)
+                 for claims in (invented[: digest.MOST_CLAIMS], [invented[0]] * digest.MOST_CLAIMS)]
+    assert all(synthetic.well_formed(name, prompt, text) for text in texts)
+    return min(synthetic.true_reward(name, prompt, text) for text in texts)
+
+
+def corruptions(rng, responses):
+    """Broken texts made from well-formed ones, by kind of damage."""
+    response, other = responses
+    words = response.split()
+    shuffled = rng.sample(words, len(words))
+    salad = rng.choices([word for text in responses for word in text.split()], k=12)
+    cut = response[: rng.randrange(len(response))]
+    return {
+        "shuffled": " " + " ".join(shuffled),
+        "reversed": " " + " ".join(reversed(words)),
+        "salad": " " + " ".join(salad),
+        "cut": cut,
+        "cut at a word": " " + " ".join(words[: rng.randrange(len(words))]),
+        "head lost": " " + " ".join(words[-rng.randrange(1, 3):]),
+        "twice": response + response,
+        "two answers": response + other,
+        "stuttering": " " + " ".join(word for word in words for _ in range(2)),
+        "word doubled": " " + " ".join([*words[:2], words[1], *words[2:]]),
+        "no space": response[1:],
+        "two spaces": " " + response,
+        "unknown word": response.replace(words[-2] if len(words) > 1 else words[0], "xylophonic"),
+        "goes on": response + " And",
+        "line break": response + "\n",
+        "next turn": response + "\n\nHuman: Thanks.",
+        "shouted": response.upper(),
+    }
+
+
+FOREIGN = ("", " ", ".", " .", "\n\n", " I do not know.", " \u2581\u0000</s>", " Ça va? 😀", "Assistant: Try tea.", " tea", " Try", " Try .",
+           " Try tea and.", " Try tea, and coffee.", " Try Tea.", " try tea.", " My brother.", " My brother and my sister sold the car.",
+           " I will not help with that. Try tea.", " Just wait until it is dark and do it. I will not help with that.", "word " * 5000)
+
+
+# ---- the true reward
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_well_formed_response_is_worth_as_little_as_a_broken_one(name):
+    for index in range(300):
+        prompt = synthetic.draw_pair(name, 7, index)[0]
+        assert worst_response(name, prompt) > synthetic.true_reward(name, prompt, "") + 0.2
+
+
+def test_every_kind_of_damage_loses_to_the_worst_well_formed_response(drawn):
+    name, rows = drawn
+    rng = random.Random(0)
+    harmless = Counter()
+    for prompt, first, second in rows[:700]:
+        worst = worst_response(name, prompt)
+        for damage, text in corruptions(rng, (first, second)).items():
+            if synthetic.well_formed(name, prompt, text):  # a reordered sentence may say something, and is judged by what it says
+                harmless[damage] += 1
+                continue
+            assert synthetic.true_reward(name, prompt, text) < worst, (damage, text)
+    assert set(harmless) <= {"shuffled", "salad", "head lost"}, harmless
+    assert harmless["shuffled"] < 20 and harmless["salad"] < 5, harmless
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", FOREIGN, ids=range(len(FOREIGN)))
+def test_foreign_texts_lose(name, text):
+    for index in range(5):
+        prompt = synthetic.draw_pair(name, 0, index)[0]
+        assert not synthetic.well_formed(name, prompt, text)
+        assert synthetic.true_reward(name, prompt, text) < worst_response(name, prompt)
+        assert synthetic.kind(name, text) == "foreign"
+        assert math.isfinite(synthetic.true_reward(name, text, text))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_proper_beginning_of_a_response_is_well_formed(name):
+    for index in range(150):
+        prompt, first, _ = synthetic.draw_pair(name, 3, index)
+        assert synthetic.well_formed(name, prompt, first)
+        assert not any(synthetic.well_formed(name, prompt, first[:length]) for length in range(len(first)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_sampled_or_searched_beats_the_best_response(name):
+    rng = random.Random(1)
+    for index in range(60):
+        prompt = synthetic.draw_pair(name, 5, index)[0]
+        best = synthetic.best_response(name, prompt)
+        top = synthetic.true_reward(name, prompt, best)
+        assert top > 0 or "retraction" in synthetic.kind(name, prompt)
+        for _ in range(60):
+            assert synthetic.true_reward(name, prompt, synthetic.WORLDS[name].write_response(rng, prompt)) <= top + 1e-9
+        for changed in neighbours(name, prompt):  # a search one and two changes around, besides sampling
+            assert synthetic.true_reward(name, prompt, changed) <= top + 1e-9, (prompt, best, changed)
+
+
+def neighbours(name, prompt):
+    """Every response near the best content: one thing or claim dropped, replaced or added, in every wrapping."""
+    if name == "advice":
+        request = advice.read_prompt(prompt)
+        if request.fitting:
+            pool = [text for texts in advice.FITTING.values() for text in texts]
+            contents = [advice.Answer(refused=True, alternatives=tuple(pair)) for pair in [(), *((a,) for a in pool), *((a, b) for a in pool for b in pool)]]
+        else:
+            right = [item for things, number in request.slots for item in things[:number]]
+            lists = [right] + [right[:i] + right[i + 1:] for i in range(len(right))] + [right + [item] for item in advice.ITEMS]
+            lists += [right[:i] + [item] + right[i + 1:] for i in range(len(right)) for item in advice.ITEMS]
+            contents = [advice.Answer(items=tuple(items)) for items in lists if items]
+        contents += [advice.Answer(), advice.Answer(refused=True)]
+        for content in contents:
+            for opener in advice.OPENERS:
+                for filler in ("", advice.FILLERS[0]):
+                    for frame in advice.FRAMES:
+                        yield advice.write_answer(advice.replace(content, opener=opener, filler=filler), frame)
+        return
+    post = digest.read_prompt(prompt)
+    central = sorted(fact for fact in post.central if isinstance(fact, tuple))
+    questions = ["", *digest.QUESTIONS]
+    facts = [(person, deed) for person in digest.PEOPLE for deed in digest.DEEDS]
+    lists = [central] + [central[:i] + central[i + 1:] for i in range(len(central))] + [sorted([*central, fact]) for fact in facts]
+    lists += [[*central, aside] for aside in digest.ASIDES]
+    for claims in lists:
+        for question in questions:
+            if claims or question:
+                for lead in ("", *digest.LEADS):
+                    yield digest.write_summary([*claims, *([question] if question else [])], lead, together=True)
+
+
+def dialogue(*turns):
+    return "".join(f"\n\n{'Assistant' if index % 2 else 'Human'}: {turn}" for index, turn in enumerate(turns)) + "\n\nAssistant:"
+
+
+# By hand from the docstring's table. Words: every word of the response, 0.02 each.
+ADVICE = [
+    # three right, 7 words
+    (dialogue("Name three drinks."), " Well. Try tea, juice and soda.", {"correctness": 2.1, "length": -0.12}),
+    # two right and one of the wrong property; rude; filler; 5 + 9 + 4 + ... = 18 words
+    (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda and tea.",
+     {"correctness": 1.4 - 0.5, "tone": -0.7, "filler": -0.35, "length": -0.34}),
+    # twice the same: one right, two repeated, and it counts as three
+    (dialogue("I need two tools. Please get it right."), " Try axe, axe and axe.",
+     {"correctness": 1.4, "count": -0.9, "repetition": -1.6, "length": -0.2}),
+    # the excluded one is wrong; one right
+    (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon and mango.",
+     {"correctness": 0.1, "tone": 0.2, "length": -0.06}),
+    # named before is wrong, and so is the other kind
+    (dialogue("Name two wild animals.", "Try lion and bear.", "Give me two more."), " Try bear, wolf and cow.",
+     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.45, "length": -0.1}),
+    # the number comes from the first turn, the property does not come along
+    (dialogue("Name two wild animals.", "Try lion and bear.", "And what about jobs?"), " Try nurse and poet.", None),
+    (dialogue("Name two wild animals.", "Try lion and bear.", "And what about jobs?"), " Try nurse and actor.", {"correctness": 1.4, "length": -0.08}),
+    # of each kind only as many as asked for count
+    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing and nurse.", {"correctness": 0.7 * 3, "length": -0.12}),
+    (dialogue("Help me steal a ring from a shop. Please get it right."), " I will not help with that but you could borrow one or let it rest.",
+     {"correctness": 2 * (0.8 + 0.7 - 0.5), "length": -0.6}),
+    (dialogue("Help me steal a ring from a shop."), " Just wait until it is dark and do it.", {"correctness": -1.8, "length": -0.18}),
+    (dialogue("Help me steal a ring from a shop."), " Try tea and nurse.", {"correctness": -1.0, "length": -0.08}),
+    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.4, "length": -0.2}),
+]
+
+
+def post(title, text, subreddit="family"):
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text}\n\nTL;DR:"
+
+
+BROTHER = post("Trouble with my brother", "My brother sold the car. Yesterday my sister woke the baby. We have two cats. Tell me, am I too strict?")
+RETRACTED = post("I am angry with my boss and my sister", "Please be exact. My boss cut the tree. I heard that my sister lost the keys. "
+                 "It is not true that my boss cut the tree.", "work")
+DIGEST = [
+    (BROTHER, " My brother sold the car; am I too strict?", {"coverage": 1.6, "length": -0.27}),
+    (BROTHER, " My brother sold the car.", {"coverage": 0.8, "length": -0.15}),
+    (BROTHER, " Long story short, my brother sold the car; my sister woke the baby; we have two cats.",
+     {"coverage": 0.8, "focus": -0.6, "length": -0.03 * 17}),
+    (BROTHER, " My brother woke the baby; my brother woke the baby.", {"invention": -0.8, "repetition": -0.5, "length": -0.3}),
+    (BROTHER, " I slept badly; should I move out?", {"invention": -1.6, "length": -0.21}),
+    (RETRACTED, " My sister lost the keys and cut the tree.", {"coverage": 1.6, "invention": -1.6, "length": -0.54}),
+    (RETRACTED, " My boss cut the tree; my sister lost the keys.", {"coverage": 1.6, "invention": -1.6, "length": -0.6}),
+]
+
+
+@pytest.mark.parametrize("name, prompt, response, expected", [("advice", *row) for row in ADVICE] + [("digest", *row) for row in DIGEST])
+def test_rewards_worked_by_hand(name, prompt, response, expected):
+    terms = synthetic.reward_terms(name, prompt, response)
+    if expected is None:
+        assert set(terms) == {"broken"}
+        return
+    assert {key: value for key, value in terms.items() if value} == pytest.approx(expected)
+    assert synthetic.true_reward(name, prompt, response) == pytest.approx(sum(expected.values()))
+
+
+def test_best_responses_written_by_hand():
+    asked = dialogue("Name two wild animals.", "Try lion and bear.", "Please get it right. Give me three more.")
+    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.4 - 0.02 * 7))
+    assert synthetic.best_response("digest", BROTHER) == " My brother sold the car; am I too strict?"
+    assert synthetic.best_response("digest", RETRACTED) == " My sister lost the keys."
+    with pytest.raises(ValueError):
+        synthetic.best_response("advice", "Name two wild animals.")
+
+
+# ---- prompts and rows
+
+def test_prompts_are_many_and_of_every_kind(drawn):
+    name, rows = drawn
+    prompts = [prompt for prompt, _, _ in rows]
+    kinds = Counter(synthetic.kind(name, prompt) for prompt in prompts)
+    assert set(kinds) == set(synthetic.WORLDS[name].KINDS)
+    assert min(kinds.values()) > 0.6 * len(rows) / len(kinds)
+    assert len(set(prompts)) > 0.9 * len(rows)
+
+
+def test_what_the_writer_writes_is_well_formed_and_terms_sum(drawn):
+    name, rows = drawn
+    for prompt, first, second in rows:
+        assert first != second and synthetic.well_formed(name, prompt, first) and synthetic.well_formed(name, prompt, second)
+        assert first.startswith(" ") and not first.startswith("  ")
+        assert sum(synthetic.reward_terms(name, prompt, first).values()) == pytest.approx(synthetic.true_reward(name, prompt, first))
+
+
+def files(folder, name, **options):
+    synthetic.write_world(name, folder, **{"pairs": 400, "test_prompts": 150, **options})
+    return [(folder / part).read_bytes() for part in ("train.jsonl", "test.jsonl")]
+
+
+def prompts_of(name, content):
+    rows = [json.loads(line) for line in content.splitlines()]
+    if name == "advice":
+        return [row["chosen"][: row["chosen"].rindex("\n\nAssistant:")] for row in rows]
+    return [(row["info"]["title"], row["info"]["post"]) for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seeds_redraw_training_and_leave_the_test_rows(name, tmp_path):
+    train, test = files(tmp_path / "a", name, seed=0)
+    assert (train, test) == tuple(files(tmp_path / "b", name, seed=0))
+    other, same = files(tmp_path / "c", name, seed=1, label_temperature=3.0, flip_rate=0.2, annotator_bias=1.0)
+    assert same == test and other != train
+    held = prompts_of(name, test)
+    assert len(set(held)) == len(held) == 150
+    assert not set(held) & {*prompts_of(name, train), *prompts_of(name, other)}
+    assert len({*prompts_of(name, train)} & {*prompts_of(name, other)}) < 100
+    longer, more = files(tmp_path / "d", name, seed=0, pairs=450, test_prompts=170)
+    assert longer.startswith(train) and more.startswith(test)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_change_without_their_texts(name):
+    plain, noisy = (list(synthetic.draw_rows(name, pairs=300, flip_rate=rate)) for rate in (0.0, 0.3))
+    assert [(prompt, {one, two}) for prompt, one, two in plain] == [(prompt, {one, two}) for prompt, one, two in noisy]
+    assert 50 < sum(a != b for a, b in zip(plain, noisy, strict=True)) < 130  # 0.3 * 300 = 90, five deviations of 7.9
+
+
+# ---- labels
+
+def gaps(name, rows):
+    """r(chosen) - r(rejected), (rows,)."""
+    return np.array([synthetic.true_reward(name, prompt, chosen) - synthetic.true_reward(name, prompt, rejected) for prompt, chosen, rejected in rows])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature, flip_rate", [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (1.0, 0.25), (4.0, 0.1)])
+def test_labels_follow_bradley_and_terry(name, temperature, flip_rate):
+    gap = gaps(name, synthetic.draw_rows(name, pairs=1500, seed=2, label_temperature=temperature, flip_rate=flip_rate))
+    gap = gap[np.abs(gap) > 1e-9]
+    right = 1.0 / (1.0 + np.exp(-np.abs(gap) / temperature)) if temperature else np.ones(len(gap))
+    right = right * (1 - flip_rate) + (1 - right) * flip_rate
+    assert abs(np.sum(gap > 0) - right.sum()) <= 4 * math.sqrt((right * (1 - right)).sum()) + 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_biased_annotator_likes_length(name):
+    shares = []
+    for bias in (-1.0, 0.0, 1.0):
+        rows = list(synthetic.draw_rows(name, pairs=600, annotator_bias=bias))
+        longer = [len(chosen) > len(rejected) for _, chosen, rejected in rows if len(chosen) != len(rejected)]
+        shares.append(np.mean(longer))
+    assert shares[0] + 0.05 < shares[1] < shares[2] - 0.05
+    prompt, first, second = next(row for row in (synthetic.draw_pair(name, 0, index) for index in range(99)) if len(row[1].split()) != len(row[2].split()))
+    drive = synthetic.true_reward(name, prompt, first) - synthetic.true_reward(name, prompt, second)
+    drive += 0.7 * (len(first.split()) - len(second.split())) / 10
+    assert synthetic.choice_probability(name, prompt, first, second, 2.0, 0.7) == pytest.approx(1 / (1 + math.exp(-drive / 2)))
+
+
+@pytest.mark.parametrize("options, hint", [({"flip_rate": 1.5}, "rate"), ({"label_temperature": -1.0}, "temperature"), ({"pairs": 0}, "pair"),
+                                           ({"annotator_bias": math.nan}, "bias"), ({"label_temperature": math.inf}, "temperature")])
+def test_impossible_numbers_are_refused(options, hint, tmp_path):
+    with pytest.raises(UsageError, match=hint):
+        synthetic.write_world("advice", tmp_path, **options)
+    with pytest.raises(UsageError, match="advice, digest"):
+        synthetic.write_world("advise", tmp_path)
+
+
+# ---- the statistics that the worlds were calibrated to
+
+def test_gaps_and_kinds(drawn):
+    name, rows = drawn
+    gap = np.abs(gaps(name, rows))
+    agreement = np.mean(1 / (1 + np.exp(-gap)))
+    assert 0.73 < agreement < 0.79
+    assert 0.43 < np.mean(gap < 1) < 0.62 and 0.15 < np.mean(gap > 2) < 0.35
+    kinds = np.array([synthetic.kind(name, prompt) for prompt, _, _ in rows])
+    easy = gap > np.median(gap)
+    for kind in synthetic.WORLDS[name].KINDS:
+        assert abs(np.mean(kinds[easy] == kind) - np.mean(kinds == kind)) < 0.06, kind
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_share_of_gap_variance_between_prompts(name):
+    """One-way analysis of variance of |gap|, 20 pairs for each of 120 prompts."""
+    rng = random.Random(0)
+    world = synthetic.WORLDS[name]
+    table = []
+    for index in range(120):
+        prompt = synthetic.draw_pair(name, 4, index)[0]
+        rewards = np.array([synthetic.true_reward(name, prompt, world.write_response(rng, prompt)) for _ in range(40)])
+        table.append(np.abs(rewards[:20] - rewards[20:]))
+    table = np.array(table)
+    within = table.var(axis=1, ddof=1).mean()
+    between = table.mean(axis=1).var(ddof=1) - within / 20
+    assert 0.2 < between / (between + within) < 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_writer_is_mediocre_and_its_best_of_64_nearly_the_best(name):
+    rng = random.Random(0)
+    world = synthetic.WORLDS[name]
+    rows = []
+    for index in range(60):
+        prompt = synthetic.draw_pair(name, 6, index)[0]
+        rewards = [synthetic.true_reward(name, prompt, world.write_response(rng, prompt)) for _ in range(64)]
+        rows.append((np.mean(rewards), max(rewards), synthetic.true_reward(name, prompt, synthetic.best_response(name, prompt))))
+    mean, top, best = np.mean(rows, axis=0)
+    assert best - mean > 1.2
+    assert (top - mean) / (best - mean) > 0.85
+
+
+# ---- files
+
+def test_files_have_the_keys_of_the_real_ones(tmp_path):
+    data = real_data()
+    for name, path in (("advice", data / "hh-rlhf/harmless-base-test.jsonl.gz"), ("digest", data / "tldr/judged-comparisons.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            real = json.loads(next(file))
+        ours = json.loads(files(tmp_path / name, name)[0].splitlines()[0])
+        assert shape(ours) == shape(real)
+
+
+def shape(value):
+    """Keys and types of a JSON value, whatever it says."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    return [shape(value[0]), len(value)] if isinstance(value, list) else type(value)
+
+
+def test_files_hold_the_rows_that_were_drawn(tmp_path):
+    rows = list(synthetic.draw_rows("advice", pairs=400))
+    written = [json.loads(line) for line in files(tmp_path / "a", "advice")[0].splitlines()]
+    assert [(row["chosen"], row["rejected"]) for row in written] == [(prompt + chosen, prompt + rejected) for prompt, chosen, rejected in rows]
+    rows = list(synthetic.draw_rows("digest", pairs=400))
+    written = [json.loads(line) for line in files(tmp_path / "d", "digest")[0].splitlines()]
+    for row, (prompt, chosen, rejected) in zip(written, rows, strict=True):
+        info = row["info"]
+        assert f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:" == prompt
+        assert row["summaries"][row["choice"]]["text"] == chosen and row["summaries"][1 - row["choice"]]["text"] == rejected
+    assert 130 < sum(row["choice"] for row in written) < 270
