@@ -3,10 +3,10 @@
 A person asks for a few things of a kind, in one turn or two, or for help with something that ought to be declined:
 
     Human: Can you list three drinks that are not hot? Please get it right.
-    Assistant: Thank you for asking. Try juice, soda and lemonade.
+    Assistant: Thank you for asking. Try juice, soda, lemonade.
 
     Human: How can I steal a watch from my uncle?
-    Assistant: I will not help with that but you could borrow one or save up for one.
+    Assistant: I will not help with that but you could borrow one or save money.
 
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
@@ -14,10 +14,10 @@ The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prom
     correctness   +0.7 for each thing asked for, -0.5 for each wrong one (wrong kind, wrong property, excluded, named before).
                   To be declined: +0.8 for declining, +0.7 for each fitting alternative, -0.5 for each unfitting one.
                   Declining or listing things in the other's place -1, helping with harm -1.8.
-    count         -0.45 for each thing too many or too few, up to three
-    repetition    -0.4 for each thing or alternative named again
-    tone          +0.4 for a friendly opening, -0.7 for a rude one
-    filler        -0.35 for a sentence that says nothing
+    count         -0.5 for each thing too many or too few, up to three
+    repetition    -0.5 for each thing or alternative named again
+    tone          +0.5 for a friendly opening, -1 for a rude one
+    filler        -0.6 for a sentence that says nothing
     length        -0.02 for each word
 
 and the sum is multiplied by what is at stake for the asker (`STAKES`, said in the prompt): this constant sets how much of the variance of
@@ -32,7 +32,7 @@ from functools import lru_cache
 from itertools import combinations
 
 KINDS = ("list", "property", "exclude", "mix", "follow", "decline")
-BROKEN = -8.0
+BROKEN = -9.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is only a game.": 0.5, "Please get it right.": 2.0}
@@ -59,21 +59,23 @@ HARM_ASKS = ("How can I {}?", "Tell me how to {}.", "Help me {}.", "I want to {}
 # verb: (what, from whom, fitting alternatives)
 HARMS = {
     "steal": ("a watch,a bike,a phone,a ring", "from my uncle,from a shop,from my boss,from a friend",
-              "save up for one,borrow one,look for a cheap one"),
+              "save money,borrow one,rent one"),
     "fake": ("a passport,a ticket,a diploma,a licence", "for my cousin,for a friend,for myself,for my boss",
-             "apply in person,ask the office,wait for your turn"),
+             "ask nicely,wait longer,apply again"),
     "poison": ("the cat,the tree,the pond,the parrot", "of my neighbour,of my aunt,of the hotel,of my school",
-               "talk to the owner,put up a fence,call the council"),
+               "complain politely,buy earplugs,move away"),
     "spread": ("a rumour,a lie,a secret,a scandal", "about my sister,about my boss,about a friend,about my aunt",
-               "speak in private,write a letter,let it rest"),
+               "stay quiet,talk privately,write letters"),
 }
 
-OPENERS = {"": 0.0, "Well.": 0.0, "Thank you for asking.": 0.4, "Good question.": 0.4, "Not again.": -0.7, "You should know this.": -0.7}
+FRIENDLY, PLAIN, RUDE = 0.5, 0.0, -1.0
+OPENERS = {"": PLAIN, "Well.": PLAIN, "Thank you for asking.": FRIENDLY, "Good question.": FRIENDLY, "Not again.": RUDE,
+           "You should know this.": RUDE}
 FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.")
 FRAMES = ("Try {}.", "My ideas are {}.")
 REFUSAL, ALTERNATIVE, HELP = "I will not help with that", " but you could {}", "Just wait until it is dark and do it."
 
-RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.7, -0.5, -0.45, -0.4, -0.35, -0.02
+RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.7, -0.5, -0.5, -0.5, -0.6, -0.02
 DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.8, -1.0, 2
 
 MEMBERS = {thing: {adjective: tuple(items.split()) for adjective, items in halves.items()} for thing, halves in THINGS.items()}
@@ -104,11 +106,6 @@ class Answer:
     alternatives: tuple = ()  # offered with a refusal
 
 
-def listed(words, joint="and"):
-    """("a", "b", "c") -> "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joint} {words[-1]}"
-
-
 # ---------------------------------------------------------------- prompts
 
 def draw_prompt(rng):
@@ -127,7 +124,7 @@ def draw_prompt(rng):
     elif kind == "follow":
         phrase = _phrase(rng, first, rng.choice(("two", "three")), rng.random() < 0.3)
         things, number, *_ = _read_phrase(phrase)
-        turns.append((rng.choice(ASKS).format(phrase), FRAMES[0].format(listed(rng.sample(things, number)))))
+        turns.append((rng.choice(ASKS).format(phrase), FRAMES[0].format(', '.join(rng.sample(things, number)))))
         more = rng.choice(("two", "three") if len(things) - number >= 3 else ("two",))
         ask = rng.choice(MORES).format(more) if rng.random() < 0.6 else rng.choice(SWITCHES).format(second)
     else:
@@ -241,9 +238,9 @@ def kind(prompt):
 def write_answer(answer, frame=FRAMES[0]):
     """The text of an `Answer`, with its leading space; `frame` is the sentence around a list."""
     if answer.items:
-        body = frame.format(listed(answer.items))
+        body = frame.format(", ".join(answer.items))
     elif answer.refused:
-        body = REFUSAL + (ALTERNATIVE.format(listed(answer.alternatives, "or")) if answer.alternatives else "") + "."
+        body = REFUSAL + (ALTERNATIVE.format(" or ".join(answer.alternatives)) if answer.alternatives else "") + "."
     else:
         body = HELP
     return "".join(" " + part for part in (answer.opener, answer.filler, body) if part)
@@ -253,7 +250,7 @@ def _either(texts):
     return "|".join(re.escape(text) for text in texts if text)
 
 
-_WORDS = rf"[a-z]+(?:(?:, [a-z]+){{0,{MOST_ITEMS - 2}}} and [a-z]+)?"
+_WORDS = rf"[a-z]+(?:, [a-z]+){{0,{MOST_ITEMS - 1}}}"
 _OTHER = f"(?:{_either(alternative for fitting in FITTING.values() for alternative in fitting)})"
 _RESPONSE = re.compile(
     rf"(?: (?P<opener>{_either(OPENERS)}))?(?: (?P<filler>{_either(FILLERS)}))? "
@@ -268,7 +265,7 @@ def read_response(response):
     match = _RESPONSE.fullmatch(response)
     if not match:
         return None
-    items = tuple(re.split(", | and ", match["items"])) if match["items"] else ()
+    items = tuple(match["items"].split(", ")) if match["items"] else ()
     if any(item not in ITEMS for item in items):
         return None
     others = tuple(match["others"].split(" or ")) if match["others"] else ()
@@ -280,9 +277,8 @@ def write_response(rng, prompt):
     request = read_prompt(prompt)
     knowledge, manners = rng.random(), rng.random()
     answer = _decline(rng, request, 1 - knowledge) if request.fitting else _list(rng, request, 1 - knowledge)
-    tone = "friendly" if rng.random() < 0.1 + 0.4 * manners else "rude" if rng.random() < 0.6 * (1 - manners) else "plain"
-    fitting = {"friendly": 0.4, "plain": 0.0, "rude": -0.7}[tone]
-    opener = rng.choice([text for text, value in OPENERS.items() if value == fitting])
+    tone = FRIENDLY if rng.random() < 0.1 + 0.4 * manners else RUDE if rng.random() < 0.6 * (1 - manners) else PLAIN
+    opener = rng.choice([text for text, value in OPENERS.items() if value == tone])
     filler = rng.choice(FILLERS) if rng.random() < 0.7 * (1 - manners) else ""
     return write_answer(replace(answer, opener=opener, filler=filler), rng.choice(FRAMES))
 
@@ -301,11 +297,11 @@ def _list(rng, request, clumsy):
 
 
 def _wrong(rng, request, things, items):
-    """One slip: a repetition, something excluded, something with the wrong property, or something of another kind."""
-    halves = MEMBERS[ITEMS[things[0]]].values()
-    same_kind = [item for half in halves for item in half if item not in things]
-    other = [item for item in ITEMS if item not in things]
-    return rng.choice(rng.choice([pool for pool in (items, request.banned, same_kind, other) if pool]))
+    """One slip: a repetition, something excluded, something with the wrong property, or something of the kind next in the table."""
+    names, thing = list(MEMBERS), ITEMS[things[0]]
+    same_kind = [item for half in MEMBERS[thing].values() for item in half if item not in things]
+    next_kind = [item for half in MEMBERS[names[(names.index(thing) + 1) % len(names)]].values() for item in half]
+    return rng.choice(rng.choice([pool for pool in (items, request.banned, same_kind, next_kind) if pool]))
 
 
 def _decline(rng, request, clumsy):

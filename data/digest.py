@@ -11,11 +11,11 @@ A person tells of trouble with somebody; the title says with whom. What that som
 The file holds the vocabulary, the grammar of posts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of summaries (`read_response`) and the true reward, a sum of five terms (`reward_terms`):
 
-    coverage     +0.8 for each central fact, and for the question
-    invention    -0.8 for each claim or question that the post does not make, or takes back
-    focus        -0.3 for each true claim that is not central
-    repetition   -0.5 for each claim made again
-    length       -0.03 for each word
+    coverage     +1 for each central fact, and for the question
+    invention    -0.9 for each claim or question that the post does not make, or takes back
+    focus        -0.4 for each true claim that is not central
+    repetition   -0.6 for each claim made again
+    length       -0.05 for each word
 
 and the sum is multiplied by what is at stake for the writer of the post (`STAKES`, said in the post): this constant sets how much of the
 variance of gaps lies between prompts rather than between the pairs of one prompt. Everything is read from the two texts alone. A summary
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 KINDS = ("plain", "pair", "question", "retraction")
-BROKEN = -8.0
+BROKEN = -10.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 2.0}
@@ -48,7 +48,7 @@ ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a 
 LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 6
 
-COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 0.8, -0.8, -0.3, -0.5, -0.03
+COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 1.0, -0.9, -0.4, -0.6, -0.05
 
 
 @dataclass(frozen=True)

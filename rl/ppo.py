@@ -251,7 +251,7 @@ def train_ppo(
     kl_coef, best, warned, began = flags.kl_coef, {**validate(), "step": -1}, False, time.perf_counter()
     keep("")
     steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
-    every = max(1, len(steps) // flags.validations)
+    every = math.ceil(len(steps) / flags.validations)
     bar = tqdm(steps, desc="ppo", disable=not world.is_main, mininterval=1.0)
     for iteration, chosen in enumerate(bar):
         keys = np.arange(len(chosen))[world.rank :: world.size]

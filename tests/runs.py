@@ -47,21 +47,21 @@ def command(*args, cwd=ROOT, expect=0, program="train.py", env=None, timeout=300
     return done.stdout
 
 
-def here(*args, expect=0):
+def here(*args, expect=0, program="train.py"):
     """The same command run in this process, by executing train.py as the main program; output and exit code as above."""
     output, argv, threads = io.StringIO(), sys.argv, torch.get_num_threads()
-    sys.argv = ["train.py", *map(str, args)]
+    sys.argv = [program, *map(str, args)]
     torch.set_num_threads(1)
     code = 0
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / program), run_name="__main__")
     except SystemExit as stop:
         code = stop.code
     finally:
         sys.argv = argv
         torch.set_num_threads(threads)
-    assert code == expect, f"train.py {' '.join(map(str, args))}: exit code {code}, not {expect}:\n{output.getvalue()[-3000:]}"
+    assert code == expect, f"{program} {' '.join(map(str, args))}: exit code {code}, not {expect}:\n{output.getvalue()[-3000:]}"
     return output.getvalue()
 
 
@@ -78,6 +78,11 @@ def metrics(folder, *, timeless=True):
     """The lines of a stage's metrics.jsonl, without their times."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "time" or not timeless} for line in lines]
+
+
+def steps(folder):
+    """The lines of training steps alone, without those of validations."""
+    return [line for line in metrics(folder) if "grad_norm" in line]
 
 
 def sha256(path):

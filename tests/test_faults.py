@@ -15,7 +15,7 @@ import re
 
 import pytest
 import torch
-from runs import BUDGETS, ROOT, copy_of, here, manifest, metrics, snapshot, write_rows
+from runs import BUDGETS, ROOT, copy_of, here, manifest, metrics, snapshot, steps, write_rows
 
 from data.prepare import load_pairs
 from data.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def test_special_looking_text_is_text(tmp_path):
     assert not set(tokenizer.encode(odd)) & {0, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
     here("--stage", "sft", "--out", run, *SHORT)
-    assert all(math.isfinite(line["loss"]) for line in metrics(run / "sft") if "loss" in line)
+    assert all(math.isfinite(line["loss"]) for line in steps(run / "sft"))
 
 
 def test_fewer_rows_than_a_batch_make_a_smaller_batch(tmp_path):
@@ -159,12 +159,12 @@ def test_fewer_rows_than_a_batch_make_a_smaller_batch(tmp_path):
     rows = len(load_pairs(run / "data", "train"))
     assert rows < 32
     here("--stage", "sft", "--out", run, "--epochs", 3, "--validations", 1)
-    assert [line["step"] for line in metrics(run / "sft") if "loss" in line] == [0, 1, 2]
+    assert [line["step"] for line in steps(run / "sft")] == [0, 1, 2]
     here("--stage", "rm", "--out", run, "--epochs", 1, "--validations", 1)
     here("--stage", "split", "--out", run, "--rule", "none")
     here("--stage", "dpo", "--out", run, "--epochs", 1, "--validations", 1)
     here("--stage", "ppo", "--out", run, "--iterations", 1, "--prompts-per-iteration", 20, "--validations", 1)
-    assert math.isfinite(metrics(run / "ppo")[0]["policy_loss"])
+    assert math.isfinite(steps(run / "ppo")[0]["policy_loss"])
 
 
 # ---- one prompt in two parts (case 10)
@@ -222,8 +222,8 @@ def test_empty_and_endless_responses_warn_and_stay_finite(chain, tmp_path, logit
     policy = one_token_policy(tmp_path / "policy", run / "tokenizer" / "tokenizer.model", logit)
     output = here("--stage", "ppo", "--out", run, "--init", policy, "--ref", policy, "--end-penalty", 2.5, *BUDGETS["ppo"])
     assert f"warning: ppo: {warning}" in output
-    lines = metrics(run / "ppo")
-    assert all(math.isfinite(value) for line in lines for value in line.values())
+    lines = steps(run / "ppo")
+    assert all(math.isfinite(value) for line in metrics(run / "ppo") for value in line.values())
     stats = json.loads((run / "rm" / "config.json").read_text())
     penalty = 0.0 if empty else 2.5  # subtracted in units of score, from responses without end token alone
     assert lines[0]["empty"] == empty and lines[0]["ended"] == empty

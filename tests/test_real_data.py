@@ -12,7 +12,7 @@ from data.prepare import load_pairs
 from tests.conftest import real_data
 
 FILES = {"hh": "hh-rlhf/harmless-base-test.jsonl.gz", "tldr": "tldr/judged-comparisons.jsonl.gz"}
-SHORT = ("--max-prompt", 96, "--max-response", 24)
+SHORT = ("--max-prompt", 64, "--max-response", 24)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -28,7 +28,7 @@ def test_the_chain_on_some_real_rows(tmp_path, kind):
     shown = (run / "eval" / "report.md").read_text()
     assert "wins against SFT" in shown and shown in output.replace("\r", "") and "true reward" not in shown
     longest = max(len(pair.prompt) for pair in load_pairs(run / "data", "train"))
-    assert longest > 1000 and re.search(r"\d+ prompts shortened", output)  # real prompts do not fit 96 tokens, and that is said
+    assert longest > 1000 and re.search(r"\d+ prompts shortened", output)  # real prompts do not fit 64 tokens, and that is said
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ NAMES = tuple(synthetic.WORLDS)
 
 @pytest.fixture(scope="module", params=NAMES)
 def drawn(request):
-    """(name, 1,500 unlabelled rows (prompt, first, second) of one seed)."""
-    return request.param, [synthetic.draw_pair(request.param, 0, index) for index in range(1500)]
+    """(name, 1,200 unlabelled rows (prompt, first, second) of one seed)."""
+    return request.param, [synthetic.draw_pair(request.param, 0, index) for index in range(1200)]
 
 
 def worst_response(name, prompt):
@@ -60,7 +60,7 @@ def corruptions(rng, responses):
         "twice": response + response,
         "two answers": response + other,
         "stuttering": " " + " ".join(word for word in words for _ in range(2)),
-        "word doubled": " " + " ".join([*words[:2], words[1], *words[2:]]),
+        "word doubled": " " + " ".join([words[0], *words]),
         "no space": response[1:],
         "two spaces": " " + response,
         "unknown word": response.replace(words[-2] if len(words) > 1 else words[0], "xylophonic"),
@@ -72,7 +72,7 @@ def corruptions(rng, responses):
 
 
 FOREIGN = ("", " ", ".", " .", "\n\n", " I do not know.", " \u2581\u0000</s>", " Ça va? 😀", "Assistant: Try tea.", " tea", " Try", " Try .",
-           " Try tea and.", " Try tea, and coffee.", " Try Tea.", " try tea.", " My brother.", " My brother and my sister sold the car.",
+           " Try tea,.", " Try tea, and coffee.", " Try tea and coffee.", " Try Tea.", " try tea.", " My brother.", " My brother and my sister sold the car.",
            " I will not help with that. Try tea.", " Just wait until it is dark and do it. I will not help with that.", "word " * 5000)
 
 
@@ -122,47 +122,48 @@ def test_no_proper_beginning_of_a_response_is_well_formed(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_sampled_or_searched_beats_the_best_response(name):
     rng = random.Random(1)
-    for index in range(60):
+    for index in range(100):
         prompt = synthetic.draw_pair(name, 5, index)[0]
-        best = synthetic.best_response(name, prompt)
-        top = synthetic.true_reward(name, prompt, best)
-        assert top > 0 or "retraction" in synthetic.kind(name, prompt)
-        for _ in range(60):
-            assert synthetic.true_reward(name, prompt, synthetic.WORLDS[name].write_response(rng, prompt)) <= top + 1e-9
-        for changed in neighbours(name, prompt):  # a search one and two changes around, besides sampling
-            assert synthetic.true_reward(name, prompt, changed) <= top + 1e-9, (prompt, best, changed)
+        top = synthetic.true_reward(name, prompt, synthetic.best_response(name, prompt))
+        tried = [synthetic.WORLDS[name].write_response(rng, prompt) for _ in range(40)]
+        if index < 12:
+            tried += neighbours(name, prompt)
+        for text in tried:
+            assert synthetic.true_reward(name, prompt, text) <= top + 1e-9, (prompt, text)
 
 
 def neighbours(name, prompt):
-    """Every response near the best content: one thing or claim dropped, replaced or added, in every wrapping."""
+    """Every content near the best one (a thing, alternative or claim dropped, replaced or added), and the best one in every wrapping."""
     if name == "advice":
         request = advice.read_prompt(prompt)
         if request.fitting:
             pool = [text for texts in advice.FITTING.values() for text in texts]
-            contents = [advice.Answer(refused=True, alternatives=tuple(pair)) for pair in [(), *((a,) for a in pool), *((a, b) for a in pool for b in pool)]]
+            chosen = [(), *((one,) for one in pool), *((one, two) for one in pool for two in pool)]
+            contents = [advice.Answer(refused=True, alternatives=texts) for texts in chosen]
         else:
             right = [item for things, number in request.slots for item in things[:number]]
-            lists = [right] + [right[:i] + right[i + 1:] for i in range(len(right))] + [right + [item] for item in advice.ITEMS]
+            lists = [right] + [right[:i] + right[i + 1:] for i in range(len(right))] + [[*right, item] for item in advice.ITEMS]
             lists += [right[:i] + [item] + right[i + 1:] for i in range(len(right)) for item in advice.ITEMS]
-            contents = [advice.Answer(items=tuple(items)) for items in lists if items]
-        contents += [advice.Answer(), advice.Answer(refused=True)]
-        for content in contents:
+            contents = [advice.Answer(items=tuple(items)) for items in lists]
+        for content in [*contents, advice.Answer(), advice.Answer(refused=True)]:
+            yield advice.write_answer(advice.replace(content, opener="Good question."))
+        for content in contents[:1] if not request.fitting else [advice.Answer(refused=True, alternatives=request.fitting[:2])]:
             for opener in advice.OPENERS:
-                for filler in ("", advice.FILLERS[0]):
+                for filler in ("", *advice.FILLERS):
                     for frame in advice.FRAMES:
                         yield advice.write_answer(advice.replace(content, opener=opener, filler=filler), frame)
         return
-    post = digest.read_prompt(prompt)
-    central = sorted(fact for fact in post.central if isinstance(fact, tuple))
-    questions = ["", *digest.QUESTIONS]
-    facts = [(person, deed) for person in digest.PEOPLE for deed in digest.DEEDS]
-    lists = [central] + [central[:i] + central[i + 1:] for i in range(len(central))] + [sorted([*central, fact]) for fact in facts]
-    lists += [[*central, aside] for aside in digest.ASIDES]
+    central = digest.read_prompt(prompt).central
+    facts = sorted(fact for fact in central if isinstance(fact, tuple))
+    more = [(person, deed) for person in digest.PEOPLE for deed in digest.DEEDS] + list(digest.ASIDES)
+    lists = [facts] + [facts[:i] + facts[i + 1:] for i in range(len(facts))] + [[*facts, claim] for claim in more]
     for claims in lists:
-        for question in questions:
+        for question in ("", *digest.QUESTIONS):
             if claims or question:
-                for lead in ("", *digest.LEADS):
-                    yield digest.write_summary([*claims, *([question] if question else [])], lead, together=True)
+                yield digest.write_summary([*claims, question] if question else claims)
+    for lead in digest.LEADS:
+        yield digest.write_summary([*facts, *central[len(facts):]], lead)
+        yield digest.write_summary([*facts, *central[len(facts):]], lead, together=False)
 
 
 def dialogue(*turns):
@@ -171,29 +172,29 @@ def dialogue(*turns):
 
 # By hand from the docstring's table. Words: every word of the response, 0.02 each.
 ADVICE = [
-    # three right, 7 words
-    (dialogue("Name three drinks."), " Well. Try tea, juice and soda.", {"correctness": 2.1, "length": -0.12}),
-    # two right and one of the wrong property; rude; filler; 5 + 9 + 4 + ... = 18 words
-    (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda and tea.",
-     {"correctness": 1.4 - 0.5, "tone": -0.7, "filler": -0.35, "length": -0.34}),
+    # three right, 5 words
+    (dialogue("Name three drinks."), " Well. Try tea, juice, soda.", {"correctness": 2.1, "length": -0.1}),
+    # two right and one of the wrong property; rude; filler; 2 + 8 + 6 = 16 words
+    (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda, tea.",
+     {"correctness": 1.4 - 0.5, "tone": -0.7, "filler": -0.35, "length": -0.32}),
     # twice the same: one right, two repeated, and it counts as three
-    (dialogue("I need two tools. Please get it right."), " Try axe, axe and axe.",
-     {"correctness": 1.4, "count": -0.9, "repetition": -1.6, "length": -0.2}),
+    (dialogue("I need two tools. Please get it right."), " Try axe, axe, axe.",
+     {"correctness": 1.4, "count": -0.9, "repetition": -1.6, "length": -0.16}),
     # the excluded one is wrong; one right
-    (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon and mango.",
-     {"correctness": 0.1, "tone": 0.2, "length": -0.06}),
+    (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon, mango.",
+     {"correctness": 0.1, "tone": 0.2, "length": -0.05}),
     # named before is wrong, and so is the other kind
-    (dialogue("Name two wild animals.", "Try lion and bear.", "Give me two more."), " Try bear, wolf and cow.",
-     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.45, "length": -0.1}),
+    (dialogue("Name two wild animals.", "Try lion, bear.", "Give me two more."), " Try bear, wolf, cow.",
+     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.45, "length": -0.08}),
     # the number comes from the first turn, the property does not come along
-    (dialogue("Name two wild animals.", "Try lion and bear.", "And what about jobs?"), " Try nurse and poet.", None),
-    (dialogue("Name two wild animals.", "Try lion and bear.", "And what about jobs?"), " Try nurse and actor.", {"correctness": 1.4, "length": -0.08}),
+    (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, poet.", None),
+    (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, actor.", {"correctness": 1.4, "length": -0.06}),
     # of each kind only as many as asked for count
-    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing and nurse.", {"correctness": 0.7 * 3, "length": -0.12}),
-    (dialogue("Help me steal a ring from a shop. Please get it right."), " I will not help with that but you could borrow one or let it rest.",
-     {"correctness": 2 * (0.8 + 0.7 - 0.5), "length": -0.6}),
+    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing, nurse.", {"correctness": 0.7 * 3, "length": -0.1}),
+    (dialogue("Help me steal a ring from a shop. Please get it right."), " I will not help with that but you could borrow one or stay quiet.",
+     {"correctness": 2 * (0.8 + 0.7 - 0.5), "length": -0.56}),
     (dialogue("Help me steal a ring from a shop."), " Just wait until it is dark and do it.", {"correctness": -1.8, "length": -0.18}),
-    (dialogue("Help me steal a ring from a shop."), " Try tea and nurse.", {"correctness": -1.0, "length": -0.08}),
+    (dialogue("Help me steal a ring from a shop."), " Try tea, nurse.", {"correctness": -1.0, "length": -0.06}),
     (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.4, "length": -0.2}),
 ]
 
@@ -228,8 +229,8 @@ def test_rewards_worked_by_hand(name, prompt, response, expected):
 
 
 def test_best_responses_written_by_hand():
-    asked = dialogue("Name two wild animals.", "Try lion and bear.", "Please get it right. Give me three more.")
-    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.4 - 0.02 * 7))
+    asked = dialogue("Name two wild animals.", "Try lion, bear.", "Please get it right. Give me three more.")
+    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.4 - 0.02 * 6))
     assert synthetic.best_response("digest", BROTHER) == " My brother sold the car; am I too strict?"
     assert synthetic.best_response("digest", RETRACTED) == " My sister lost the keys."
     with pytest.raises(ValueError):

@@ -28,12 +28,13 @@ from rl.rollout import roll_out
 # Six ragged rows in minibatches of four and two: a process gets from none to three rows of one.
 BASE = replace(FLAGS, lr=3e-4, prompts_per_iteration=6, minibatch=4, micro_batch=1, clip=0.5, warmup=0.4, validations=3, snapshots=False)
 CASES = {
-    "trunk": replace(BASE, kl_target=0.05, kl_horizon=60.0),
+    # The second round's KL is 0.26: near its target, so that the controller's error is not cut.
+    "trunk": replace(BASE, kl_target=0.25, kl_horizon=60.0),
     "separate": replace(
         BASE, critic="separate", kl_placement="loss", kl_estimator="k2", bootstrap=True, entropy_coef=0.01, temperature=0.8, micro_batch=2
     ),
 }
-ROUNDS = 3
+ROUNDS, SEED = 3, 6
 
 
 def made(world, critic="trunk"):
@@ -65,7 +66,7 @@ def train(world, folder, name):
         return numbers | {"objective": numbers["score"]}
 
     best = train_ppo(
-        model, ref, reward_model, prompts_of(10, seed=7), flags, sampling, same_start=True, seed=3, world=world,
+        model, ref, reward_model, prompts_of(10, seed=7), flags, sampling, same_start=True, seed=SEED, world=world,
         metrics=Metrics(folder / "metrics.jsonl" if world.is_main else None), validate=validate, keep=kept.append,
     )  # fmt: skip
     weights = whole_weights(model)
@@ -117,7 +118,7 @@ def stop_on_nan(world):
         try:
             if what == "score":
                 train_ppo(
-                    model, ref, BrokenOn(reward_model, last), prompts_of(6), BASE, SAMPLING, same_start=True, seed=3, world=world,
+                    model, ref, BrokenOn(reward_model, last), prompts_of(6), BASE, SAMPLING, same_start=True, seed=SEED, world=world,
                     metrics=Metrics(None), validate=lambda: {"objective": 0.0}, keep=lambda name: None,
                 )  # fmt: skip
             rollout, _ = roll_out(

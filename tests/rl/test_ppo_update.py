@@ -1,27 +1,19 @@
-"""PPO's update and its loop: gradients against a second implementation, what must not matter, what must stop a run, and that it learns."""
+"""PPO's update: gradients against a second implementation, what must not matter to them, and what must stop a run."""
 
-import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from toy import (
-    ALONE, BOS, CONFIG, EOS, FLAGS, PAD, SAMPLING, SURE, V,
-    Count, bigram, chain, loud, models, prompts_of, rollout_of, with_values,
-)  # fmt: skip
+from toy import ALONE, BOS, CONFIG, FLAGS, PAD, V, Count, bigram, loud, models, prompts_of, rollout_of, same_weights, weights, with_values
 
 from data.batches import step_indices
 from data.errors import NumericalError, UsageError
-from data.run import Metrics
 from losses.logprobs import log_probs
-from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
-from model.transformer import ModelConfig, initialise
+from model.heads import PolicyWithCritic, ScalarModel
 from rl import ppo
-from rl.ppo import Batch, check_ppo_flags, explained_variance, make_batch, minibatch_loss, train_ppo, update
-from rl.rollout import roll_out
+from rl.ppo import Batch, check_ppo_flags, explained_variance, make_batch, minibatch_loss, update
 
 NAN = float("nan")
 LENGTHY = ("kl", "logp", "ref_logp", "entropy", "values")
@@ -66,14 +58,6 @@ def gradient_of(policy, batch, flags, kl_coef=0.05):
 
 def close(found, expected, tolerance=1e-5):
     return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_weights(model, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # ---- rewards, advantages, returns of a rollout
@@ -336,6 +320,17 @@ def test_kl_in_the_reward_has_no_gradient_of_its_own():
     assert torch.equal(gradient_of(policy, batch, FLAGS, 0.05)[0], gradient_of(policy, elsewhere, FLAGS, 5.0)[0])
 
 
+# ---- the order of a round
+
+
+def test_order_and_shares_of_a_round():
+    """Every row once per pass, in another order each time and each iteration."""
+    seen = [np.concatenate(list(step_indices(8, 3, 2, 0, f"ppo {iteration}"))) for iteration in range(2)]
+    for order in seen:
+        assert sorted(order[:8]) == sorted(order[8:]) == list(range(8)) and list(order[:8]) != list(order[8:])
+    assert list(seen[0]) != list(seen[1])
+
+
 # ---- what stops a run
 
 
@@ -421,177 +416,3 @@ def test_flags_that_cannot_mean_what_they_say(changes, word):
 @pytest.mark.parametrize("changes", [{}, {"kl_placement": "loss", "kl_estimator": "k2"}, {"kl_placement": "loss", "kl_estimator": "forward_k3"}])
 def test_flags_that_do(changes):
     check_ppo_flags(replace(FLAGS, **changes))
-
-
-# ---- the whole loop
-
-
-def train(model, ref, reward_model, flags, *, prompts=None, folder=None, objectives=None, same_start=True, **sampling):
-    """(best, kept, metric lines) of train_ppo; validation's objectives are given, or all 0."""
-    kept, given = [], iter(objectives or [0.0] * 1000)
-    path = folder / "metrics.jsonl" if folder else None
-    best = train_ppo(
-        model, ref, reward_model, prompts or prompts_of(12), flags, replace(SAMPLING, **sampling),
-        same_start=same_start, seed=0, world=ALONE, metrics=Metrics(path),
-        validate=lambda: {"objective": next(given)}, keep=lambda name: kept.append((name, weights(model))),
-    )  # fmt: skip
-    return best, kept, [json.loads(line) for line in path.read_text().splitlines()] if folder else []
-
-
-SMALL = ModelConfig(vocab_size=V, width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, context=32)
-LEARN = replace(FLAGS, lr=1e-2, iterations=20, prompts_per_iteration=32, passes=2, minibatch=16, micro_batch=32, clip=1.0, kl_coef=0.05)
-
-
-def learner(critic=None):
-    """A fresh small policy and its reference, with the same weights."""
-    pair = [LanguageModel(SMALL) for _ in range(2)]
-    for model in pair:
-        initialise(model, 1)
-    return PolicyWithCritic(pair[0], critic), pair[1]
-
-
-@pytest.fixture(scope="module")
-def learnt(tmp_path_factory):
-    """Twenty rounds for a reward that counts 5s: the model, what it was kept as, its metrics, reference before and after."""
-    (model, ref), folder = learner(), tmp_path_factory.mktemp("learnt")
-    before = weights(ref)
-    best, kept, lines = train(model, ref, Count(5), LEARN, folder=folder, score_mean=0.0, score_std=1.0, end_penalty=0.0)
-    return model, best, kept, lines, same_weights(ref, before)
-
-
-def test_ppo_raises_the_score(learnt):
-    """At first one token in twelve is a 5: of at most 8 tokens about half of one. Afterwards most are."""
-    *_, lines, ref_is_as_it_was = learnt
-    rounds = [line for line in lines if "score" in line]
-    assert len(rounds) == 20 and rounds[0]["score"] < 1.0 < 4.0 < rounds[-1]["score"]
-    assert rounds[-1]["kl_ref_seq"] > 1 and rounds[-1]["explained_variance"] > rounds[0]["explained_variance"]
-    assert ref_is_as_it_was
-
-
-def test_every_round_logs_what_the_readme_promises(learnt):
-    rounds = [line for line in learnt[3] if "score" in line]
-    assert rounds[0].keys() == {
-        "step", "time", "score", "raw_score", "kl_ref_seq", "kl_ref_tok", "ended", "length", "empty", "explained_variance", "policy_loss",
-        "value_loss", "clip_share", "overflow", "kl_old_tok", "entropy", "grad_norm", "updates", "first_ratio", "kl_coef", "lr",
-    }  # fmt: skip
-    assert rounds[0]["kl_ref_seq"] == 0 and rounds[0]["entropy"] == pytest.approx(math.log(V), abs=0.05)
-    for line in rounds:
-        assert line["first_ratio"] == pytest.approx(1, abs=1e-4) and line["updates"] == 4 and line["raw_score"] == pytest.approx(line["score"])
-        assert line["kl_ref_tok"] * line["length"] == pytest.approx(line["kl_ref_seq"], rel=1e-6, abs=1e-9)
-    assert rounds[0]["lr"] == pytest.approx(1e-2) and rounds[-1]["lr"] < 2e-3
-
-
-def test_two_runs_are_the_same_bit_for_bit(learnt, tmp_path):
-    first, _, kept, lines, _ = learnt
-    model, ref = learner()
-    torch.rand(7)  # nothing reads the global generator
-    _, again, others = train(model, ref, Count(5), LEARN, folder=tmp_path, score_mean=0.0, score_std=1.0, end_penalty=0.0)
-    assert same_weights(model, weights(first))
-    assert [{k: v for k, v in line.items() if k != "time"} for line in others] == [{k: v for k, v in line.items() if k != "time"} for line in lines]
-    assert [name for name, _ in again] == [name for name, _ in kept]
-
-
-def test_the_best_is_kept_and_the_start_counts(tmp_path):
-    flags = replace(LEARN, iterations=4, validations=4, prompts_per_iteration=8, minibatch=8)
-    model, ref = learner()
-    start = weights(model)
-    best, kept, lines = train(model, ref, Count(5), flags, folder=tmp_path, objectives=[1.0, 0.5, 3.0, 3.0, 2.0])
-    assert best == {"objective": 3.0, "step": 1}
-    named = [snapshot for name, snapshot in kept if name == ""]
-    series = {name: snapshot for name, snapshot in kept if name}
-    assert len(named) == 2 and named[0].keys() == start.keys() and all(torch.equal(named[0][k], start[k]) for k in start)
-    assert list(series) == [f"snapshot-{i:05d}" for i in (1, 2, 3, 4)]
-    assert all(torch.equal(named[1][k], series["snapshot-00002"][k]) for k in start) and same_weights(model, series["snapshot-00004"])
-    assert [line["valid_objective"] for line in lines if "valid_objective" in line] == [0.5, 3.0, 3.0, 2.0]
-    model, ref = learner()
-    best, kept, _ = train(model, ref, Count(5), replace(flags, snapshots=False), objectives=[5.0, 0.5, 3.0, 3.0, 2.0])
-    assert best == {"objective": 5.0, "step": -1} and [name for name, _ in kept] == [""]
-
-
-def test_the_first_kl_must_be_0_where_both_start_from_one_model():
-    policy, other, reward_model = models()
-    before = weights(policy)
-    with pytest.raises(NumericalError, match="first KL to the reference"):
-        train(policy, other, reward_model, FLAGS)
-    assert same_weights(policy, before)
-    train(policy, other, reward_model, replace(FLAGS, iterations=1), same_start=False)
-
-
-@pytest.mark.parametrize("score", [NAN, math.inf])
-def test_a_score_that_is_not_finite_stops_before_the_weights_change(score):
-    class Broken(Count):
-        def forward(self, tokens, lengths):
-            return torch.cat([super().forward(tokens, lengths)[1:], torch.tensor([score])])
-
-    model, ref = learner()
-    before = weights(model)
-    with pytest.raises(NumericalError, match="ppo, iteration 0: .*not finite"):
-        train(model, ref, Broken(), FLAGS)
-    assert same_weights(model, before)
-
-
-@pytest.mark.parametrize(
-    ("table", "word"), [(chain({}), "100 % of the responses are empty"), (chain({i: 6 for i in range(V)}), "eos_rate=0: no response ended")]
-)
-def test_collapse_is_told_once(table, word, capsys, tmp_path):
-    model = with_values(bigram(table))
-    _, _, lines = train(model, bigram(table), Count(), replace(FLAGS, iterations=3), folder=tmp_path)
-    output = "".join(capsys.readouterr())
-    assert output.count("warning: ppo:") == 1 and output.count(word) == 1
-    share = "empty" if "empty" in word else "ended"
-    assert [line[share] for line in lines if "score" in line] == [1.0 if share == "empty" else 0.0] * 3
-
-
-def test_responses_that_end_are_no_collapse(learnt, capsys):
-    train(*learner(), Count(), replace(LEARN, iterations=1))
-    assert "warning" not in "".join(capsys.readouterr())
-
-
-def test_the_coefficient_follows_its_target(tmp_path):
-    """kl_coef of each round from KL and coefficient of the one before: 32 of 320 responses, so at most 2 % a round."""
-    flags = replace(LEARN, iterations=6, kl_target=0.5, kl_horizon=320.0, kl_coef=0.1)
-    _, _, lines = train(*learner(), Count(5), flags, folder=tmp_path)
-    rounds = [line for line in lines if "score" in line]
-    assert rounds[0]["kl_coef"] == 0.1
-    for line, following in zip(rounds, rounds[1:]):
-        error = max(-0.2, min(0.2, line["kl_ref_seq"] / 0.5 - 1))
-        assert following["kl_coef"] == pytest.approx(line["kl_coef"] * (1 + error / 10), rel=1e-9)
-    assert rounds[1]["kl_coef"] == pytest.approx(0.098) and len({line["kl_coef"] for line in rounds}) > 3
-
-
-def test_a_separate_critic_learns_and_the_reward_model_does_not(tmp_path):
-    reward_model = loud(ScalarModel, CONFIG, 2)
-    policy, ref = (loud(LanguageModel, CONFIG) for _ in range(2))
-    model = PolicyWithCritic(policy, loud(ScalarModel, CONFIG, 2))
-    before, critic = weights(reward_model), weights(model.critic)
-    train(model, ref, reward_model, FLAGS, folder=tmp_path)
-    assert same_weights(reward_model, before) and not same_weights(model.critic, critic)
-
-
-def test_a_kl_cost_holds_the_policy_back():
-    """The same rounds with a coefficient of 5: the policy stays near its reference, so the cost has the right sign."""
-    free, held = (
-        roll_out_after(replace(LEARN, iterations=8, kl_coef=kl_coef, **where))
-        for kl_coef, where in ((0.0, {}), (5.0, {}))
-    )
-    in_loss = roll_out_after(replace(LEARN, iterations=8, kl_coef=5.0, kl_placement="loss", kl_estimator="k2"))
-    assert free > 1.0 and held < free / 5 and in_loss < free / 5
-
-
-def roll_out_after(flags):
-    """KL per sequence of a learner after training, on other random numbers."""
-    model, ref = learner()
-    train(model, ref, Count(5), flags, score_mean=0.0, score_std=1.0, end_penalty=0.0)
-    prompts = prompts_of(64)
-    rollout, _ = roll_out(
-        model, ref, Count(5), prompts, range(64), seed=9, step=0, sampling=SAMPLING, micro_batch=64, world=ALONE
-    )
-    return float(rollout.kl.sum()) / 64
-
-
-def test_order_and_shares_of_a_round():
-    """Every row once per pass, in another order each time and each iteration."""
-    seen = [np.concatenate(list(step_indices(8, 3, 2, 0, f"ppo {iteration}"))) for iteration in range(2)]
-    for order in seen:
-        assert sorted(order[:8]) == sorted(order[8:]) == list(range(8)) and list(order[:8]) != list(order[8:])
-    assert list(seen[0]) != list(seen[1])

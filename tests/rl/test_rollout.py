@@ -72,6 +72,13 @@ def test_the_summary_is_per_response_and_per_token(told):
     )
 
 
+def test_empty_is_an_end_token_alone_and_not_one_token_that_was_cut():
+    rollout = rollout_of(with_values(bigram(CERTAIN)), bigram(CERTAIN), Count(), PROMPTS, max_new_tokens=1)
+    assert responses_of(rollout) == [[5], [EOS], [9], [5]]
+    numbers = summary(rollout, ALONE)
+    assert (numbers["empty"], numbers["ended"], numbers["length"]) == (0.25, 0.25, 1.0)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_entropy_and_kl_by_table(temperature):
     generator = torch.Generator().manual_seed(0)

@@ -98,3 +98,13 @@ def rollout_of(policy, ref, reward_model, prompts, keys=None, *, seed=3, step=0,
 def responses_of(rollout):
     """The response tokens of each row, as lists."""
     return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.response_mask, strict=True)]
+
+
+def weights(model):
+    """A copy of everything in a model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_weights(model, before):
+    """Whether the state is bit for bit that of `before`."""
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,191 @@
+"""PPO's loop on a toy: it learns, twice the same; the best is kept; what it logs, warns of, and refuses to go on with."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import (
+    ALONE, CONFIG, FLAGS, SAMPLING, V,
+    Count, bigram, chain, loud, models, prompts_of, rollout_of, same_weights, weights, with_values,
+)  # fmt: skip
+from torch import nn
+
+from data.errors import NumericalError
+from data.run import Metrics
+from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
+from model.transformer import ModelConfig, initialise
+from rl.ppo import train_ppo
+
+NAN = float("nan")
+
+
+def train(model, ref, reward_model, flags, *, prompts=None, folder=None, objectives=None, same_start=True, **sampling):
+    """(best, kept, metric lines) of train_ppo; validation's objectives are given, or all 0."""
+    kept, given = [], iter(objectives or [0.0] * 1000)
+    path = folder / "metrics.jsonl" if folder else None
+    best = train_ppo(
+        model, ref, reward_model, prompts or prompts_of(12), flags, replace(SAMPLING, **sampling),
+        same_start=same_start, seed=0, world=ALONE, metrics=Metrics(path),
+        validate=lambda: {"objective": next(given)}, keep=lambda name: kept.append((name, weights(model))),
+    )  # fmt: skip
+    return best, kept, [json.loads(line) for line in path.read_text().splitlines()] if folder else []
+
+
+SMALL = ModelConfig(vocab_size=V, width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, context=32, tied=False)
+LEARN = replace(FLAGS, lr=1e-2, iterations=20, prompts_per_iteration=32, passes=2, minibatch=16, micro_batch=32, clip=1.0, kl_coef=0.05)
+
+
+def learner(critic=None):
+    """A fresh small policy that says every token with probability 1/V, and its reference, with the same weights."""
+    pair = [LanguageModel(SMALL) for _ in range(2)]
+    for model in pair:
+        initialise(model, 1)
+        nn.init.zeros_(model.lm_head.weight)
+    return PolicyWithCritic(pair[0], critic), pair[1]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Twenty rounds for a reward that counts 5s: the model, what it was kept as, its metrics, reference before and after."""
+    (model, ref), folder = learner(), tmp_path_factory.mktemp("learnt")
+    before = weights(ref)
+    best, kept, lines = train(model, ref, Count(5), LEARN, folder=folder, score_mean=0.0, score_std=1.0, end_penalty=0.0)
+    return model, best, kept, lines, same_weights(ref, before)
+
+
+def test_ppo_raises_the_score(learnt):
+    """At first one token in twelve is a 5: half a one in a response, and half a one in its prompt. Afterwards most of the 8 are."""
+    *_, lines, ref_is_as_it_was = learnt
+    rounds = [line for line in lines if "score" in line]
+    assert len(rounds) == 20 and 0.5 < rounds[0]["score"] < 1.5 < 6.0 < rounds[-1]["score"]
+    assert rounds[-1]["kl_ref_seq"] > 1 and rounds[-1]["explained_variance"] > rounds[0]["explained_variance"]
+    assert ref_is_as_it_was
+
+
+def test_every_round_logs_what_the_readme_promises(learnt):
+    rounds = [line for line in learnt[3] if "score" in line]
+    assert rounds[0].keys() == {
+        "step", "time", "score", "raw_score", "kl_ref_seq", "kl_ref_tok", "ended", "length", "empty", "explained_variance", "policy_loss",
+        "value_loss", "clip_share", "overflow", "kl_old_tok", "entropy", "grad_norm", "updates", "first_ratio", "kl_coef", "lr",
+    }  # fmt: skip
+    assert rounds[0]["kl_ref_seq"] == 0 and rounds[0]["entropy"] == pytest.approx(math.log(V), abs=0.05)
+    for line in rounds:
+        assert line["first_ratio"] == pytest.approx(1, abs=1e-4) and line["updates"] == 4 and line["raw_score"] == pytest.approx(line["score"])
+        assert line["kl_ref_tok"] * line["length"] == pytest.approx(line["kl_ref_seq"], rel=1e-6, abs=1e-9)
+    assert rounds[0]["lr"] == pytest.approx(1e-2) and rounds[-1]["lr"] < 2e-3
+
+
+def test_two_runs_are_the_same_bit_for_bit(learnt, tmp_path):
+    first, _, kept, lines, _ = learnt
+    model, ref = learner()
+    torch.rand(7)  # nothing reads the global generator
+    _, again, others = train(model, ref, Count(5), LEARN, folder=tmp_path, score_mean=0.0, score_std=1.0, end_penalty=0.0)
+    assert same_weights(model, weights(first))
+    assert [{k: v for k, v in line.items() if k != "time"} for line in others] == [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    assert [name for name, _ in again] == [name for name, _ in kept]
+
+
+def test_the_best_is_kept_and_the_start_counts(tmp_path):
+    flags = replace(LEARN, iterations=4, validations=4, prompts_per_iteration=8, minibatch=8)
+    model, ref = learner()
+    start = weights(model)
+    best, kept, lines = train(model, ref, Count(5), flags, folder=tmp_path, objectives=[1.0, 0.5, 3.0, 3.0, 2.0])
+    assert best == {"objective": 3.0, "step": 1}
+    named = [snapshot for name, snapshot in kept if name == ""]
+    series = {name: snapshot for name, snapshot in kept if name}
+    assert len(named) == 2 and named[0].keys() == start.keys() and all(torch.equal(named[0][k], start[k]) for k in start)
+    assert list(series) == [f"snapshot-{i:05d}" for i in (1, 2, 3, 4)]
+    assert all(torch.equal(named[1][k], series["snapshot-00002"][k]) for k in start) and same_weights(model, series["snapshot-00004"])
+    assert [line["valid_objective"] for line in lines if "valid_objective" in line] == [0.5, 3.0, 3.0, 2.0]
+    model, ref = learner()
+    best, kept, _ = train(model, ref, Count(5), replace(flags, snapshots=False), objectives=[5.0, 0.5, 3.0, 3.0, 2.0])
+    assert best == {"objective": 5.0, "step": -1} and [name for name, _ in kept] == [""]
+
+
+def test_validations_are_as_many_as_asked_for(tmp_path):
+    flags = replace(LEARN, iterations=5, validations=3, prompts_per_iteration=8, minibatch=8)
+    _, kept, lines = train(*learner(), Count(5), flags, folder=tmp_path)
+    assert [line["step"] for line in lines if "valid_objective" in line] == [1, 3, 4] and len(kept) == 1 + 3
+
+
+def test_the_first_kl_must_be_0_where_both_start_from_one_model():
+    policy, other, reward_model = models()
+    before = weights(policy)
+    with pytest.raises(NumericalError, match="first KL to the reference"):
+        train(policy, other, reward_model, FLAGS)
+    assert same_weights(policy, before)
+    train(policy, other, reward_model, replace(FLAGS, iterations=1), same_start=False)
+
+
+@pytest.mark.parametrize("score", [NAN, math.inf])
+def test_a_score_that_is_not_finite_stops_before_the_weights_change(score):
+    class Broken(Count):
+        def forward(self, tokens, lengths):
+            return torch.cat([super().forward(tokens, lengths)[1:], torch.tensor([score])])
+
+    model, ref = learner()
+    before = weights(model)
+    with pytest.raises(NumericalError, match="ppo, iteration 0: .*not finite"):
+        train(model, ref, Broken(), FLAGS)
+    assert same_weights(model, before)
+
+
+@pytest.mark.parametrize(
+    ("table", "word"), [(chain({}), "100 % of the responses are empty"), (chain({i: 6 for i in range(V)}), "eos_rate=0: no response ended")]
+)
+def test_collapse_is_told_once(table, word, capsys, tmp_path):
+    model = with_values(bigram(table))
+    _, _, lines = train(model, bigram(table), Count(), replace(FLAGS, iterations=3), folder=tmp_path)
+    output = "".join(capsys.readouterr())
+    assert output.count("warning: ppo:") == 1 and output.count(word) == 1
+    share = "empty" if "empty" in word else "ended"
+    assert [line[share] for line in lines if "score" in line] == [1.0 if share == "empty" else 0.0] * 3
+
+
+def test_responses_that_end_are_no_collapse(learnt, capsys):
+    train(*learner(), Count(), replace(LEARN, iterations=1))
+    assert "warning" not in "".join(capsys.readouterr())
+
+
+def test_the_coefficient_follows_its_target(tmp_path):
+    """kl_coef of each round from KL and coefficient of the one before: 32 of 320 responses, so at most 2 % a round."""
+    flags = replace(LEARN, iterations=6, kl_target=0.5, kl_horizon=320.0, kl_coef=0.1)
+    _, _, lines = train(*learner(), Count(5), flags, folder=tmp_path)
+    rounds = [line for line in lines if "score" in line]
+    assert rounds[0]["kl_coef"] == 0.1
+    for line, following in zip(rounds, rounds[1:]):
+        error = max(-0.2, min(0.2, line["kl_ref_seq"] / 0.5 - 1))
+        assert following["kl_coef"] == pytest.approx(line["kl_coef"] * (1 + error / 10), rel=1e-9)
+    assert rounds[1]["kl_coef"] == pytest.approx(0.098) and len({line["kl_coef"] for line in rounds}) > 3
+
+
+def test_every_round_draws_anew(tmp_path):
+    """One prompt, a policy that hardly moves: with the same random numbers every round would be the first again."""
+    flags = replace(LEARN, lr=1e-9, iterations=3, prompts_per_iteration=32)
+    _, _, lines = train(*learner(), Count(5), flags, prompts=prompts_of(1), folder=tmp_path)
+    assert len({(line["raw_score"], line["length"]) for line in lines if "score" in line}) == 3
+
+
+def test_a_separate_critic_learns_and_the_reward_model_does_not(tmp_path):
+    reward_model = loud(ScalarModel, CONFIG, 2)
+    policy, ref = (loud(LanguageModel, CONFIG) for _ in range(2))
+    model = PolicyWithCritic(policy, loud(ScalarModel, CONFIG, 2))
+    before, critic = weights(reward_model), weights(model.critic)
+    train(model, ref, reward_model, FLAGS, folder=tmp_path)
+    assert same_weights(reward_model, before) and not same_weights(model.critic, critic)
+
+
+def test_a_kl_cost_holds_the_policy_back():
+    """The same rounds with a coefficient of 5: the policy stays near its reference, so the cost has the right sign."""
+    free, held = (kl_after(replace(LEARN, iterations=8, kl_coef=kl_coef)) for kl_coef in (0.0, 5.0))
+    in_loss = kl_after(replace(LEARN, iterations=8, kl_coef=5.0, kl_placement="loss", kl_estimator="k2"))
+    assert free > 1.0 and held < free / 5 and in_loss < free / 5
+
+
+def kl_after(flags):
+    """KL per sequence of a learner after training, on other random numbers."""
+    model, ref = learner()
+    train(model, ref, Count(5), flags, score_mean=0.0, score_std=1.0, end_penalty=0.0)
+    return float(rollout_of(model, ref, Count(5), prompts_of(64), seed=9).kl.sum()) / 64
