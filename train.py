@@ -69,20 +69,21 @@ class ModelFlags:
 
 @dataclass(frozen=True)
 class SftFlags(FitFlags):
-    epochs: float = flag(10.0, "passes over the training rows; parts of one are possible", positive=True)
+    epochs: float = flag(2.0, "passes over the training rows; parts of one are possible", positive=True)
     include_prompt: bool = flag(False, "learn the prompt's tokens too")
 
 
 @dataclass(frozen=True)
 class RmFlags(FitFlags):
-    epochs: float = flag(2.0, "passes over the training pairs; parts of one are possible", positive=True)
+    epochs: float = flag(1.5, "passes over the training pairs; parts of one are possible", positive=True)
+    patience: int = flag(8, "stop after so many validations without a better one", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
 
 
 @dataclass(frozen=True)
 class DpoFlags(FitFlags):
-    epochs: float = flag(2.0, "passes over the training pairs; parts of one are possible", positive=True)
+    epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
     part: str = flag("easy", "pairs to train on", choices=("easy", "difficult", "all"))
     loss: str = flag("dpo", "of losses/dpo.py", choices=tuple(PREFERENCE_LOSSES))
     init: str | None = flag(None, "start from this folder (default: DIR/sft)")
@@ -119,10 +120,10 @@ STAGE_FLAGS = {
     "ppo": (PpoStageFlags,),
 }
 LEARNING_RATES = {  # parameters below -> peak learning rate; what suits a small model from scratch would wreck a large one
-    "sft": ((3e6, 3e-3), (3e7, 1e-3), (3e8, 3e-4), (3e9, 2e-5), (float("inf"), 1e-5)),
-    "rm": ((3e6, 5e-4), (3e7, 2e-4), (3e8, 5e-5), (3e9, 1e-5), (float("inf"), 5e-6)),
-    "dpo": ((3e6, 5e-5), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
-    "ppo": ((3e6, 3e-4), (3e7, 1e-4), (3e8, 2e-5), (3e9, 3e-6), (float("inf"), 1e-6)),
+    "sft": ((3e6, 5e-3), (3e7, 1e-3), (3e8, 3e-4), (3e9, 2e-5), (float("inf"), 1e-5)),
+    "rm": ((3e6, 1.2e-3), (3e7, 2e-4), (3e8, 5e-5), (3e9, 1e-5), (float("inf"), 5e-6)),
+    "dpo": ((3e6, 1e-4), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
+    "ppo": ((3e6, 5e-4), (3e7, 1e-4), (3e8, 2e-5), (3e9, 3e-6), (float("inf"), 1e-6)),
 }
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},

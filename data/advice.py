@@ -284,24 +284,21 @@ def write_response(rng, prompt):
 
 
 def _list(rng, request, clumsy):
+    """Things asked for, but a clumsy writer misreads the kind or the property, miscounts, repeats or forgets what was excluded."""
     if rng.random() < 0.06 * clumsy:
         return Answer(refused=True)
-    slips = 0.05 + (0.35 + 0.2 * request.rarity) * clumsy
     items = []
     for things, number in request.slots:
+        names, thing = list(MEMBERS), ITEMS[things[0]]
+        other_half = [item for half in MEMBERS[thing].values() for item in half if item not in things + request.banned]
+        next_kind = [item for half in MEMBERS[names[(names.index(thing) + 1) % len(names)]].values() for item in half]
+        misread = 0.05 + (0.25 + 0.15 * request.rarity) * clumsy
+        pool = next_kind if rng.random() < misread else other_half if other_half and rng.random() < misread else things
         number += rng.choices((0, -1, 1), (1.0, 0.3 * clumsy, 0.4 * clumsy))[0]
         for _ in range(number):
-            left = [item for item in things if item not in items]
-            items.append(rng.choice(left) if left and rng.random() > slips else _wrong(rng, request, things, items))
+            slips = [slip for slip in (items, request.banned) if slip and rng.random() < 0.25 * clumsy]
+            items.append(rng.choice(slips[0] if slips else [item for item in pool if item not in items] or pool))
     return Answer(items=tuple(items))
-
-
-def _wrong(rng, request, things, items):
-    """One slip: a repetition, something excluded, something with the wrong property, or something of the kind next in the table."""
-    names, thing = list(MEMBERS), ITEMS[things[0]]
-    same_kind = [item for half in MEMBERS[thing].values() for item in half if item not in things]
-    next_kind = [item for half in MEMBERS[names[(names.index(thing) + 1) % len(names)]].values() for item in half]
-    return rng.choice(rng.choice([pool for pool in (items, request.banned, same_kind, next_kind) if pool]))
 
 
 def _decline(rng, request, clumsy):

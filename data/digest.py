@@ -11,8 +11,8 @@ A person tells of trouble with somebody; the title says with whom. What that som
 The file holds the vocabulary, the grammar of posts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of summaries (`read_response`) and the true reward, a sum of five terms (`reward_terms`):
 
-    coverage     +1 for each central fact, and for the question
-    invention    -0.9 for each claim or question that the post does not make, or takes back
+    coverage     +0.9 for each central fact, and for the question
+    invention    -0.8 for each claim or question that the post does not make, or takes back
     focus        -0.4 for each true claim that is not central
     repetition   -0.6 for each claim made again
     length       -0.05 for each word
@@ -48,7 +48,7 @@ ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a 
 LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 6
 
-COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 1.0, -0.9, -0.4, -0.6, -0.05
+COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 0.9, -0.8, -0.4, -0.6, -0.05
 
 
 @dataclass(frozen=True)
@@ -195,29 +195,26 @@ def read_response(response):
 
 
 def write_response(rng, prompt):
-    """A summary by a simulated writer: care (what is left out or made up) and thrift (what is said needlessly) vary independently."""
+    """A summary by a simulated writer: care (what is left out, mixed up or made up) and thrift (what is said needlessly) vary independently."""
     post = read_prompt(prompt)
     clumsy, wordy = rng.random(), rng.random()
+    facts, central = list(post.facts), [fact for fact in post.facts if fact[0] in post.people]
+    if rng.random() < 0.35 * clumsy:  # takes somebody else for the one it is about
+        person = rng.choice([name for name in PEOPLE if name not in post.people])
+        facts = [(person, deed) for _, deed in facts]
+        central = facts[: len(central)]
     claims = []
-    for fact in post.facts:
-        if rng.random() < (0.95 - 0.4 * clumsy if fact[0] in post.people else 0.6 * wordy):
-            claims.append(_blur(rng, fact) if rng.random() < 0.05 + 0.25 * clumsy else fact)
+    for fact in facts:
+        if rng.random() < (1.0 - 0.4 * clumsy if fact in central else 0.5 * wordy):
+            claims.append((fact[0], rng.choice(DEEDS)) if rng.random() < 0.35 * clumsy else fact)
     claims += [fact for fact in post.void if rng.random() < 0.8 * clumsy]
     claims += [aside for aside in post.asides if rng.random() < 0.6 * wordy]
-    if claims and rng.random() < 0.3 * wordy:
+    if claims and rng.random() < 0.4 * wordy:
         claims.append(rng.choice(claims))
     claims = claims[:MOST_CLAIMS] or [rng.choice(post.facts or post.asides or post.void)]
     if rng.random() < (1.0 - 0.5 * clumsy if post.question else 0.2 * clumsy):
         claims.append(post.question if post.question and rng.random() < 1.0 - 0.3 * clumsy else rng.choice(QUESTIONS))
     return write_summary(claims, rng.choice(LEADS) if rng.random() < 0.6 * wordy else "", together=rng.random() < 1.0 - 0.7 * wordy)
-
-
-def _blur(rng, fact):
-    """A fact misremembered: of another person, or another deed."""
-    person, deed = fact
-    if rng.random() < 0.5:
-        return rng.choice([name for name in PEOPLE if name != person]), deed
-    return person, rng.choice([other for other in DEEDS if other != deed])
 
 
 # ---------------------------------------------------------------- the true reward

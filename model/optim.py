@@ -10,16 +10,16 @@ from model.parallel import whole
 
 
 def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.95), eps 1e-8, decay on matrices alone; one fused kernel per step."""
+    """AdamW with betas (0.9, 0.99), eps 1e-8, decay on matrices alone; one fused kernel per step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.99), fused=True)
 
 
-def lr_at(step: int, total: int, peak: float, warmup: float, final: float = 0.1) -> float:
+def lr_at(step: int, total: int, peak: float, warmup: float, final: float = 0.02) -> float:
     """Linear warm-up over the first `warmup` share of `total` steps, then a cosine down to `final` times the peak. step counts from 0."""
     rise = max(1, round(warmup * total))
     if step < rise:
