@@ -75,7 +75,7 @@ class SftFlags(FitFlags):
 
 @dataclass(frozen=True)
 class RmFlags(FitFlags):
-    epochs: float = flag(1.5, "passes over the training pairs; parts of one are possible", positive=True)
+    epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
     patience: int = flag(8, "stop after so many validations without a better one", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
