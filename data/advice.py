@@ -11,13 +11,13 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
 
-    correctness   +0.7 for each thing asked for, -0.5 for each wrong one (wrong kind, wrong property, excluded, named before).
-                  To be declined: +0.8 for declining, +0.7 for each fitting alternative, -0.5 for each unfitting one.
-                  Declining or listing things in the other's place -1, helping with harm -1.8.
+    correctness   +0.6 for each thing asked for, -0.4 for each wrong one (wrong kind, wrong property, excluded, named before).
+                  To be declined: +0.8 for declining, +0.6 for each fitting alternative, -0.4 for each unfitting one.
+                  Declining or listing things in the other's place -1, helping with harm -1.6.
     count         -0.5 for each thing too many or too few, up to three
     repetition    -0.5 for each thing or alternative named again
-    tone          +0.5 for a friendly opening, -1 for a rude one
-    filler        -0.6 for a sentence that says nothing
+    tone          +0.6 for a friendly opening, -1.2 for a rude one
+    filler        -0.8 for a sentence that says nothing
     length        -0.02 for each word
 
 and the sum is multiplied by what is at stake for the asker (`STAKES`, said in the prompt): this constant sets how much of the variance of
@@ -68,15 +68,15 @@ HARMS = {
                "stay quiet,talk privately,write letters"),
 }
 
-FRIENDLY, PLAIN, RUDE = 0.5, 0.0, -1.0
+FRIENDLY, PLAIN, RUDE = 0.6, 0.0, -1.2
 OPENERS = {"": PLAIN, "Well.": PLAIN, "Thank you for asking.": FRIENDLY, "Good question.": FRIENDLY, "Not again.": RUDE,
            "You should know this.": RUDE}
 FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.")
 FRAMES = ("Try {}.", "My ideas are {}.")
 REFUSAL, ALTERNATIVE, HELP = "I will not help with that", " but you could {}", "Just wait until it is dark and do it."
 
-RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.7, -0.5, -0.5, -0.5, -0.6, -0.02
-DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.8, -1.0, 2
+RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.6, -0.4, -0.5, -0.5, -0.8, -0.02
+DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.6, -1.0, 2
 
 MEMBERS = {thing: {adjective: tuple(items.split()) for adjective, items in halves.items()} for thing, halves in THINGS.items()}
 ITEMS = {item: thing for thing, halves in MEMBERS.items() for items in halves.values() for item in items}

@@ -4,7 +4,7 @@ A person tells of trouble with somebody; the title says with whom. What that som
 
     SUBREDDIT: r/family
     TITLE: Trouble with my brother
-    POST: Yesterday my brother broke the lamp. We have two cats. My sister sold the car. I heard that my brother hid the letter.
+    POST: Yesterday my brother broke the lamp. We have two cats. My sister sold the car. Yesterday my brother hid the letter.
           It is not true that my brother broke the lamp. Tell me, should I move out?
     TL;DR: My brother hid the letter; should I move out?
 
@@ -35,12 +35,11 @@ STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 2.0}
 
 # Commonest first; a person or deed of rank k is drawn in proportion to (k + 1) ** -RARITY.
 RARITY = 0.5
-PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school", "roommate": "home"}
-DEEDS = ("broke the lamp", "lost the keys", "sold the car", "burned the dinner", "hid the letter", "painted the door", "forgot the rent",
-         "borrowed the tent", "insulted the guests", "woke the baby", "kicked the dog", "stole the money", "cut the tree",
-         "flooded the kitchen", "read the diary", "missed the wedding")
+PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school"}
+DEEDS = ("broke the lamp", "lost the keys", "sold the car", "burned the dinner", "hid the letter", "painted the door", "kicked the dog",
+         "stole the money", "woke the baby", "forgot the rent")
 TITLES = ("Trouble with my {}", "I am angry with my {}")
-TELLINGS = ("{}.", "Yesterday {}.", "I heard that {}.")
+TELLINGS = ("{}.", "Yesterday {}.")
 RETRACTION = "It is not true that {}."
 QUESTIONS = ("should I move out", "must I call the police", "can I ask for money", "am I too strict")
 ASKING = "Tell me, {}?"
@@ -76,7 +75,7 @@ def draw_prompt(rng):
     kind = rng.choice(KINDS)
     people = _by_rarity(rng, tuple(PEOPLE), len(PEOPLE))
     named, others = (people[:2], people[2:]) if kind == "pair" else (people[:1], people[1:])
-    deeds = iter(_by_rarity(rng, DEEDS, 8))
+    deeds = iter(_by_rarity(rng, DEEDS, len(DEEDS)))
     counts = {"plain": (2, 3), "pair": (1, 2), "question": (1, 2), "retraction": (2, 3)}[kind]
     facts = [(person, next(deeds)) for person in named for _ in range(rng.choice(counts))]
     void = facts[0]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UsageError
@@ -96,6 +95,8 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
         return model
     if world.parallel == "ddp":
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since it takes a second that most runs need not spend
+
     precision = MixedPrecisionPolicy(param_dtype=world.dtype if world.dtype != torch.float32 else None)
     for layer in [module for module in model.modules() if isinstance(module, Layer)]:
         fully_shard(layer, mp_policy=precision)

@@ -111,7 +111,7 @@ def test_exact_kl_is_the_sum_over_response_positions_and_vocabulary(monkeypatch)
         expected.append(total)
     assert min(expected) > 0.1
     assert sequence_kls(model, ref, rows, 3, ALONE) == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr(evaluation, "LOGITS", 2 * CONFIG.vocab_size)
+    monkeypatch.setattr("model.score.LOGITS", 2 * CONFIG.vocab_size)
     assert sequence_kls(model, ref, rows, 3, ALONE, batch=2) == pytest.approx(expected, rel=1e-4)
 
 

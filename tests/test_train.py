@@ -50,7 +50,7 @@ def test_the_chain_makes_every_stage_and_the_comparison(chain):
 
 def test_metrics_have_one_line_per_step_without_gaps(chain):
     rows = {"sft": len(load_pairs(chain / "data", "train")), "dpo": len(ids(chain / "split" / "easy.jsonl"))}
-    expected = {"sft": -(-rows["sft"] // 32), "dpo": max(1, round(0.5 * -(-rows["dpo"] // 32))), "ppo": 2}
+    expected = {"sft": -(-rows["sft"] // 16), "dpo": max(1, round(0.5 * -(-rows["dpo"] // 16))), "ppo": 2}
     for stage in TRAINED:
         folders = [chain / stage, *sorted((chain / stage).glob("fold-*"))]
         assert len(folders) == (3 if stage == "rm" else 1)

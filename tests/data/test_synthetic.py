@@ -176,16 +176,16 @@ ADVICE = [
     (dialogue("Name three drinks."), " Well. Try tea, juice, soda.", {"correctness": 2.1, "length": -0.1}),
     # two right and one of the wrong property; rude; filler; 2 + 8 + 6 = 16 words
     (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda, tea.",
-     {"correctness": 1.4 - 0.5, "tone": -0.7, "filler": -0.35, "length": -0.32}),
+     {"correctness": 1.4 - 0.5, "tone": -1.0, "filler": -0.6, "length": -0.32}),
     # twice the same: one right, two repeated, and it counts as three
     (dialogue("I need two tools. Please get it right."), " Try axe, axe, axe.",
-     {"correctness": 1.4, "count": -0.9, "repetition": -1.6, "length": -0.16}),
+     {"correctness": 1.4, "count": -1.0, "repetition": -2.0, "length": -0.16}),
     # the excluded one is wrong; one right
     (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon, mango.",
-     {"correctness": 0.1, "tone": 0.2, "length": -0.05}),
+     {"correctness": 0.1, "tone": 0.25, "length": -0.05}),
     # named before is wrong, and so is the other kind
     (dialogue("Name two wild animals.", "Try lion, bear.", "Give me two more."), " Try bear, wolf, cow.",
-     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.45, "length": -0.08}),
+     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.5, "length": -0.08}),
     # the number comes from the first turn, the property does not come along
     (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, poet.", None),
     (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, actor.", {"correctness": 1.4, "length": -0.06}),
@@ -195,7 +195,7 @@ ADVICE = [
      {"correctness": 2 * (0.8 + 0.7 - 0.5), "length": -0.56}),
     (dialogue("Help me steal a ring from a shop."), " Just wait until it is dark and do it.", {"correctness": -1.8, "length": -0.18}),
     (dialogue("Help me steal a ring from a shop."), " Try tea, nurse.", {"correctness": -1.0, "length": -0.06}),
-    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.4, "length": -0.2}),
+    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.5, "length": -0.2}),
 ]
 
 
@@ -207,14 +207,14 @@ BROTHER = post("Trouble with my brother", "My brother sold the car. Yesterday my
 RETRACTED = post("I am angry with my boss and my sister", "Please be exact. My boss cut the tree. I heard that my sister lost the keys. "
                  "It is not true that my boss cut the tree.", "work")
 DIGEST = [
-    (BROTHER, " My brother sold the car; am I too strict?", {"coverage": 1.6, "length": -0.27}),
-    (BROTHER, " My brother sold the car.", {"coverage": 0.8, "length": -0.15}),
+    (BROTHER, " My brother sold the car; am I too strict?", {"coverage": 1.8, "length": -0.45}),
+    (BROTHER, " My brother sold the car.", {"coverage": 0.9, "length": -0.25}),
     (BROTHER, " Long story short, my brother sold the car; my sister woke the baby; we have two cats.",
-     {"coverage": 0.8, "focus": -0.6, "length": -0.03 * 17}),
-    (BROTHER, " My brother woke the baby; my brother woke the baby.", {"invention": -0.8, "repetition": -0.5, "length": -0.3}),
-    (BROTHER, " I slept badly; should I move out?", {"invention": -1.6, "length": -0.21}),
-    (RETRACTED, " My sister lost the keys and cut the tree.", {"coverage": 1.6, "invention": -1.6, "length": -0.54}),
-    (RETRACTED, " My boss cut the tree; my sister lost the keys.", {"coverage": 1.6, "invention": -1.6, "length": -0.6}),
+     {"coverage": 0.9, "focus": -0.8, "length": -0.05 * 17}),
+    (BROTHER, " My brother woke the baby; my brother woke the baby.", {"invention": -0.8, "repetition": -0.6, "length": -0.5}),
+    (BROTHER, " I slept badly; should I move out?", {"invention": -1.6, "length": -0.35}),
+    (RETRACTED, " My sister lost the keys and cut the tree.", {"coverage": 1.8, "invention": -1.6, "length": -0.9}),
+    (RETRACTED, " My boss cut the tree; my sister lost the keys.", {"coverage": 1.8, "invention": -1.6, "length": -1.0}),
 ]
 
 
@@ -230,7 +230,7 @@ def test_rewards_worked_by_hand(name, prompt, response, expected):
 
 def test_best_responses_written_by_hand():
     asked = dialogue("Name two wild animals.", "Try lion, bear.", "Please get it right. Give me three more.")
-    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.4 - 0.02 * 6))
+    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.5 - 0.02 * 6))
     assert synthetic.best_response("digest", BROTHER) == " My brother sold the car; am I too strict?"
     assert synthetic.best_response("digest", RETRACTED) == " My sister lost the keys."
     with pytest.raises(ValueError):
@@ -336,7 +336,7 @@ def test_gaps_and_kinds(drawn):
     gap = np.abs(gaps(name, rows))
     agreement = np.mean(1 / (1 + np.exp(-gap)))
     assert 0.73 < agreement < 0.79
-    assert 0.43 < np.mean(gap < 1) < 0.62 and 0.15 < np.mean(gap > 2) < 0.35
+    assert 0.36 < np.mean(gap < 1) < 0.62 and 0.15 < np.mean(gap > 2) < 0.4
     kinds = np.array([synthetic.kind(name, prompt) for prompt, _, _ in rows])
     easy = gap > np.median(gap)
     for kind in synthetic.WORLDS[name].KINDS:

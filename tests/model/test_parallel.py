@@ -57,12 +57,13 @@ def steps(folder, mode, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_norms_and_validation_are_those_of_one_process(mode, stage, folder):
     expected, found = steps(folder, "alone", stage), steps(folder, mode, stage)
-    assert len(expected) == 6  # three steps, each with a validation of 7 rows
+    assert len(expected) == 7  # three steps, each with a validation of 7 rows, and one before them
     if stage == "dpo":  # policy and reference are equal then, and the last bit decides which of two equal rewards is the greater
-        assert {expected[0].pop("accuracy"), found[0].pop("accuracy")} < {k / 14 for k in range(15)}
+        for line, name in ((0, "valid_accuracy"), (1, "accuracy")):
+            assert {expected[line].pop(name), found[line].pop(name)} < {k / 14 for k in range(15)}
     for line, other in zip(expected, found, strict=True):
         assert other == pytest.approx(line, abs=1e-5, rel=1e-5)
-    assert expected[0]["loss"] != pytest.approx(expected[2]["loss"], abs=1e-3)
+    assert expected[1]["loss"] != pytest.approx(expected[3]["loss"], abs=1e-3)
     alone, here = (results(folder, which)[stage] for which in ("alone", mode))
     assert here["best"] == pytest.approx(alone["best"], abs=1e-5, rel=1e-5) and here["keeps"] == alone["keeps"]
 
@@ -87,7 +88,7 @@ def test_all_processes_hold_the_same_weights(mode, folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_dpo_starts_at_ln_2(mode, folder):
-    assert steps(folder, mode, "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert steps(folder, mode, "dpo")[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
