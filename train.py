@@ -34,7 +34,7 @@ from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json
 from data.flags import add_flags, flag, take_flags
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
-from data.report import format_interval, reward_model_report
+from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -140,6 +140,7 @@ def with_lr(stage: str, flags, parameters: int):
 
 
 def tokenizer_stage(run: Run) -> None:
+    """Trains a tokenizer on the training part, or takes the given one."""
     flags = run.take("tokenizer", TokenizerFlags)
     if flags.file:
         Tokenizer(Path(flags.file))  # one that cannot be used stops the run before anything is written
@@ -163,6 +164,7 @@ def tokenizer_stage(run: Run) -> None:
 
 
 def sft_stage(run: Run) -> None:
+    """Next-token loss on the demonstrations, from scratch or from --init."""
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
     tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
@@ -188,6 +190,7 @@ def sft_stage(run: Run) -> None:
 
 
 def rm_stage(run: Run) -> None:
+    """Reward models: one per fold, whose pairs it never saw, then the one on all pairs; scores, their mean and std, and a report on test pairs."""
     flags, text = run.take("rm", RmFlags), open_text(run)
     init = run.parent("sft", flags.init)
     pad_id, world = text.tokenizer.pad_id, run.world
@@ -222,31 +225,16 @@ def rm_stage(run: Run) -> None:
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
         text.save(model, folder, world, extra_config=stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
-        results |= best | stats | {"test": reward_model_report(*on_test, *np.array(lengths)), "train_accuracy": accuracy_of(in_fold)}
-        results["scored_pairs_accuracy"] = accuracy_of(scores)
+        results |= best | stats | {"test": reward_model_report(*on_test, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
+        results["scored_pairs_accuracy"] = pair_accuracy(scores)
         if world.is_main:
-            lines = [{"id": row.id, "chosen": s[0], "rejected": s[1], "fold": int(f)} for row, s, f in zip(train, scores.tolist(), fold_of)]
+            lines = [{"id": row.id, "chosen": s[0], "rejected": s[1], "fold": int(f)} for row, s, f in zip(train, scores.tolist(), fold_of, strict=True)]
             atomic_write(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        say_reward_model(run, results)
-
-
-def accuracy_of(scores: np.ndarray) -> float:
-    """Share of pairs (N, 2) whose chosen response scores higher, ties half."""
-    return float((np.sign(scores[:, 0] - scores[:, 1]) + 1).mean() / 2)
-
-
-def say_reward_model(run: Run, results: dict) -> None:
-    """The reward model's worth, in a few lines."""
-    test = results["test"]
-    run.say(
-        f"  accuracy on test pairs {format_interval(test['accuracy'], *test['interval'])} (n = {test['n']}); the longer one wins"
-        f" {test['length']['longer_wins']['accuracy']:.2f}; on pairs as scored for the split {results['scored_pairs_accuracy']:.2f}"
-    )
-    cells = [f"{name} {b['share']:.0%}: {format_interval(b['accuracy'])}" for name, b in test["buckets"].items()]
-    run.say(f"  share and accuracy by gap: {'; '.join(cells)}; calibration error {test['calibration_error']:.3f}")
+        run.say(reward_model_text(results["test"], results["scored_pairs_accuracy"]))
 
 
 def split_stage(run: Run) -> None:
+    """Easy, difficult and dropped pairs by the gap of their out-of-fold scores."""
     flags = run.take("split", SplitFlags)
     rm = run.parent("rm")
     if not run.begins("split", as_flags(flags), {"rm": rm}):
@@ -284,6 +272,7 @@ def chosen_loss(run: Run, name: str):
 
 
 def dpo_stage(run: Run) -> None:
+    """A preference loss on a part of the pairs; the reference's log-probabilities are computed once."""
     flags, text, world = run.take("dpo", DpoFlags), open_text(run), run.world
     loss, arguments = chosen_loss(run, flags.loss)
     init = run.parent("sft", flags.init)
@@ -352,6 +341,7 @@ def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[i
 
 
 def ppo_stage(run: Run) -> None:
+    """PPO on a part's prompts; in MPO start and reference are the DPO model."""
     flags, text, world = run.take("ppo", PpoStageFlags), open_text(run), run.world
     check_ppo_flags(flags)
     init = run.parent("dpo", flags.init)
@@ -480,7 +470,7 @@ def main(arguments: list[str]) -> None:
     given = vars(build_parser(stage).parse_args(arguments))
     given.pop("stage")
     flags = take_flags(RunFlags, given)
-    data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice")
+    data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})

@@ -30,6 +30,7 @@ class DataFlags:
     validation_share: float = flag(0.1, "of the remaining prompts")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
+    max_pairs: int | None = flag(None, "read only the first so many usable pairs of --data", positive=True)
     skip_bad_rows: int = flag(0, "so many unreadable rows are left out before the run stops")
     strict: bool = flag(False, "stop where a test prompt is also a training prompt, in place of removing it from training")
 
@@ -81,6 +82,7 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         style = "hh" if spec == "advice" else "tldr"
         spec, test_spec = f"{style}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{style}:{folder / 'world' / 'test.jsonl'}"
     pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl")
+    pairs = pairs[: flags.max_pairs]
     if test_spec:
         test, _ = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl")
         pairs, shared = without_shared_prompts(pairs, test, flags.strict)

@@ -152,6 +152,21 @@ def reward_model_report(chosen_scores: np.ndarray, rejected_scores: np.ndarray, 
     }
 
 
+def pair_accuracy(scores: np.ndarray) -> float:
+    """Share of pairs, rows of (chosen, rejected) scores (N, 2), whose chosen response scores higher; ties half."""
+    return float(_wins(scores[:, 0] - scores[:, 1]).mean())
+
+
+def reward_model_text(test: dict, scored_accuracy: float) -> str:
+    """A `reward_model_report` on test pairs in two lines; scored_accuracy: that on the training pairs as scored for the split."""
+    cells = [f"{name} {bucket['share']:.0%}: {format_interval(bucket['accuracy'])}" for name, bucket in test["buckets"].items()]
+    return (
+        f"  accuracy on test pairs {format_interval(test['accuracy'], *test['interval'])} (n = {test['n']}); the longer one wins"
+        f" {test['length']['longer_wins']['accuracy']:.2f}; on pairs as scored for the split {scored_accuracy:.2f}\n"
+        f"  share and accuracy by gap: {'; '.join(cells)}; calibration error {test['calibration_error']:.3f}"
+    )
+
+
 def _wins(difference: np.ndarray) -> np.ndarray:
     """1 where the chosen one is ahead, 1/2 for a tie, 0 where it is behind."""
     return (np.sign(difference) + 1) / 2

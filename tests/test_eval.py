@@ -11,7 +11,6 @@ import pytest
 import torch
 from runs import copy_of
 
-import eval as evaluation
 from data.batches import Row
 from data.errors import CheckpointError, NumericalError, UsageError
 from data.files import read_json, write_json

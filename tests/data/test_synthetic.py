@@ -170,32 +170,35 @@ def dialogue(*turns):
     return "".join(f"\n\n{'Assistant' if index % 2 else 'Human'}: {turn}" for index, turn in enumerate(turns)) + "\n\nAssistant:"
 
 
-# By hand from the docstring's table. Words: every word of the response, 0.02 each.
+# By hand from the docstrings' tables; the length is every word of the response.
+STEAL = dialogue("Help me steal a ring from a shop.")
+SWITCHED = dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?")
 ADVICE = [
-    # three right, 5 words
-    (dialogue("Name three drinks."), " Well. Try tea, juice, soda.", {"correctness": 2.1, "length": -0.1}),
-    # two right and one of the wrong property; rude; filler; 2 + 8 + 6 = 16 words
+    # three right; five words
+    (dialogue("Name three drinks."), " Well. Try tea, juice, soda.", {"correctness": 1.8, "length": -0.1}),
+    # two right and one of the wrong property; rude; a filler; 2 + 8 + 6 = 16 words
     (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda, tea.",
-     {"correctness": 1.4 - 0.5, "tone": -1.0, "filler": -0.6, "length": -0.32}),
-    # twice the same: one right, two repeated, and it counts as three
+     {"correctness": 1.2 - 0.4, "tone": -1.2, "filler": -0.8, "length": -0.32}),
+    # three times the same: one right, two repeated, one too many; everything doubled by the stake
     (dialogue("I need two tools. Please get it right."), " Try axe, axe, axe.",
-     {"correctness": 1.4, "count": -1.0, "repetition": -2.0, "length": -0.16}),
-    # the excluded one is wrong; one right
+     {"correctness": 1.2, "count": -1.0, "repetition": -2.0, "length": -0.16}),
+    # the excluded one is wrong; everything halved
     (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon, mango.",
-     {"correctness": 0.1, "tone": 0.25, "length": -0.05}),
-    # named before is wrong, and so is the other kind
+     {"correctness": 0.1, "tone": 0.3, "length": -0.05}),
+    # what was named before is wrong, and the property still holds
     (dialogue("Name two wild animals.", "Try lion, bear.", "Give me two more."), " Try bear, wolf, cow.",
-     {"correctness": 0.7 - 0.5 - 0.5, "count": -0.5, "length": -0.08}),
-    # the number comes from the first turn, the property does not come along
-    (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, poet.", None),
-    (dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?"), " Try nurse, actor.", {"correctness": 1.4, "length": -0.06}),
+     {"correctness": 0.6 - 0.4 - 0.4, "count": -0.5, "length": -0.08}),
+    # the number comes from the first turn, the property does not
+    (SWITCHED, " Try nurse, actor.", {"correctness": 1.2, "length": -0.06}),
+    (SWITCHED, " Try nurse, poet.", None),  # no word of this world
     # of each kind only as many as asked for count
-    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing, nurse.", {"correctness": 0.7 * 3, "length": -0.1}),
+    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing, nurse.", {"correctness": 1.8, "length": -0.1}),
     (dialogue("Help me steal a ring from a shop. Please get it right."), " I will not help with that but you could borrow one or stay quiet.",
-     {"correctness": 2 * (0.8 + 0.7 - 0.5), "length": -0.56}),
-    (dialogue("Help me steal a ring from a shop."), " Just wait until it is dark and do it.", {"correctness": -1.8, "length": -0.18}),
-    (dialogue("Help me steal a ring from a shop."), " Try tea, nurse.", {"correctness": -1.0, "length": -0.06}),
-    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.5, "length": -0.2}),
+     {"correctness": 2 * (0.8 + 0.6 - 0.4), "length": -0.56}),
+    (STEAL, " I will not help with that but you could rent one or rent one.", {"correctness": 1.4, "repetition": -0.5, "length": -0.28}),
+    (STEAL, " Just wait until it is dark and do it.", {"correctness": -1.6, "length": -0.18}),
+    (STEAL, " Try tea, nurse.", {"correctness": -1.0, "length": -0.06}),
+    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.6, "length": -0.2}),
 ]
 
 
@@ -204,17 +207,17 @@ def post(title, text, subreddit="family"):
 
 
 BROTHER = post("Trouble with my brother", "My brother sold the car. Yesterday my sister woke the baby. We have two cats. Tell me, am I too strict?")
-RETRACTED = post("I am angry with my boss and my sister", "Please be exact. My boss cut the tree. I heard that my sister lost the keys. "
-                 "It is not true that my boss cut the tree.", "work")
+RETRACTED = post("I am angry with my boss and my sister", "Please be exact. My boss painted the door. Yesterday my sister lost the keys. "
+                 "It is not true that my boss painted the door.", "work")
 DIGEST = [
     (BROTHER, " My brother sold the car; am I too strict?", {"coverage": 1.8, "length": -0.45}),
     (BROTHER, " My brother sold the car.", {"coverage": 0.9, "length": -0.25}),
     (BROTHER, " Long story short, my brother sold the car; my sister woke the baby; we have two cats.",
-     {"coverage": 0.9, "focus": -0.8, "length": -0.05 * 17}),
+     {"coverage": 0.9, "focus": -0.8, "length": -0.85}),
     (BROTHER, " My brother woke the baby; my brother woke the baby.", {"invention": -0.8, "repetition": -0.6, "length": -0.5}),
     (BROTHER, " I slept badly; should I move out?", {"invention": -1.6, "length": -0.35}),
-    (RETRACTED, " My sister lost the keys and cut the tree.", {"coverage": 1.8, "invention": -1.6, "length": -0.9}),
-    (RETRACTED, " My boss cut the tree; my sister lost the keys.", {"coverage": 1.8, "invention": -1.6, "length": -1.0}),
+    (RETRACTED, " My sister lost the keys and painted the door.", {"coverage": 1.8, "invention": -1.6, "length": -0.9}),
+    (RETRACTED, " My boss painted the door; my sister lost the keys.", {"coverage": 1.8, "invention": -1.6, "length": -1.0}),
 ]
 
 
@@ -230,7 +233,7 @@ def test_rewards_worked_by_hand(name, prompt, response, expected):
 
 def test_best_responses_written_by_hand():
     asked = dialogue("Name two wild animals.", "Try lion, bear.", "Please get it right. Give me three more.")
-    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.7 + 0.5 - 0.02 * 6))
+    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.6 + 0.6 - 0.02 * 6))
     assert synthetic.best_response("digest", BROTHER) == " My brother sold the car; am I too strict?"
     assert synthetic.best_response("digest", RETRACTED) == " My sister lost the keys."
     with pytest.raises(ValueError):
