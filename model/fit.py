@@ -28,7 +28,7 @@ class FitFlags:
     batch_size: int = flag(16, "rows per optimiser step, over all processes", positive=True)
     micro_batch: int = flag(8, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, "AdamW's decay of matrices; on a small model it leaves mass on words that never fit")
+    weight_decay: float = flag(0.0, "AdamW's decay of matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(8, "how often the validation rows are looked at", positive=True)
     patience: int = flag(2, "stop after so many validations without a better one", positive=True)

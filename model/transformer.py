@@ -152,7 +152,7 @@ class Transformer(nn.Module):
 def initialise(model: nn.Module, seed: int) -> None:
     """N(0, 1/D) from a generator of its own; the two matrices that write to the residual stream smaller by sqrt(2 L).
 
-    At D = 2500 this is GPT-2's std of 0.02; small models learn faster with the larger std (tests/results/speed.md).
+    At D = 2500 this is GPT-2's std of 0.02.
     """
     generator = torch.Generator().manual_seed(seed)
     config = next(module for module in model.modules() if isinstance(module, Transformer)).config

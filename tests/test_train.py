@@ -395,3 +395,18 @@ def test_a_bad_flag_is_refused_within_a_second_beyond_importing_torch():
         if seconds < 1 + cpu_seconds("-c", "import torch")[1]:
             return
     pytest.fail(f"{seconds:.1f} s")
+
+
+def test_stored_moments_are_those_of_the_demonstrations_and_folds_score_what_they_never_saw(chain):
+    """The mean and std that PPO uses come from the final reward model's scores of the chosen responses; a pair's fold is its prompt's."""
+    rm = manifest(chain / "rm")["results"]
+    stored = json.loads((chain / "rm" / "config.json").read_text())
+    assert (stored["score_mean"], stored["score_std"]) == (rm["score_mean"], rm["score_std"]) and rm["score_std"] > 0
+    rows = [json.loads(line) for line in (chain / "rm" / "scores.jsonl").read_text().splitlines()]
+    prompts = {pair.id: pair.prompt for pair in load_pairs(chain / "data", "train")}
+    fold_of = {prompts[row["id"]]: row["fold"] for row in rows}
+    assert set(fold_of.values()) == {0, 1} and all(fold_of[prompts[row["id"]]] == row["fold"] for row in rows)
+    for fold in (0, 1):  # a fold model's steps cover the other fold's pairs and no more
+        others = sum(row["fold"] != fold for row in rows)
+        expected = max(1, round(0.3 * -(-others // 16)))
+        assert len(steps(chain / "rm" / f"fold-{fold}")) == expected
