@@ -88,7 +88,7 @@ class DpoFlags(FitFlags):
     loss: str = flag("dpo", "of losses/dpo.py", choices=tuple(PREFERENCE_LOSSES))
     init: str | None = flag(None, "start from this folder (default: DIR/sft)")
     ref: str | None = flag(None, "reference (default: DIR/sft, whatever --init is)")
-    max_kl: float = flag(10.0, "stop when the KL to the reference passes this, in nats per sampled response", positive=True)
+    max_kl: float = flag(3.0, "stop when the KL to the reference passes this, in nats per sampled response", positive=True)
     max_fall: float = flag(20.0, "stop when validation's chosen responses have lost so many nats of log-probability", positive=True)
 
 
@@ -122,7 +122,7 @@ STAGE_FLAGS = {
 LEARNING_RATES = {  # parameters below -> peak learning rate; what suits a small model from scratch would wreck a large one
     "sft": ((3e6, 5e-3), (3e7, 1e-3), (3e8, 3e-4), (3e9, 2e-5), (float("inf"), 1e-5)),
     "rm": ((3e6, 1.2e-3), (3e7, 2e-4), (3e8, 5e-5), (3e9, 1e-5), (float("inf"), 5e-6)),
-    "dpo": ((3e6, 1e-4), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
+    "dpo": ((3e6, 5e-5), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
     "ppo": ((3e6, 5e-4), (3e7, 1e-4), (3e8, 2e-5), (3e9, 3e-6), (float("inf"), 1e-6)),
 }
 QUICK = {
