@@ -44,7 +44,7 @@ class PpoFlags:
     minibatch: int = flag(64, "responses per optimiser step, over all processes", positive=True)
     micro_batch: int = flag(16, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
     temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
-    kl_coef: float = flag(0.05, "cost of one nat of KL to the reference, in units of score")
+    kl_coef: float = flag(0.1, "cost of one nat of KL to the reference, in units of score")
     kl_target: float | None = flag(None, "adapt the coefficient towards this KL per sequence (default: coefficient stays)", positive=True)
     kl_horizon: float = flag(10_000.0, "responses over which the adaptive coefficient moves", positive=True)
     kl_estimator: str = flag("k1", "k1, k2 or forward_k3 (follows the forward KL)", choices=("k1", "k2", "k3", "forward_k3"))

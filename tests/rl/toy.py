@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))
-from small import ALONE, EOS, PAD, loud, ragged_rows  # noqa: E402
+from small import ALONE, BOS, EOS, PAD, loud, ragged_rows  # noqa: E402, F401
 from small import CONFIG as LARGER  # noqa: E402
 
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
