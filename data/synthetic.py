@@ -16,7 +16,8 @@ training, row i of seed s is a function of (s, i), and its label is drawn apart 
 temperature or flip rate relabels the same texts.
 
 The true reward is for measuring only. No stage of training calls `true_reward`; a test runs them all with it raising.
-The worlds' constants were set by looking at language quality after SFT, at labels and at reward models alone, never at DPO, PPO or MPO.
+The worlds' constants were chosen for language quality after SFT, labels and reward models; runs of DPO and PPO on earlier versions had been
+seen by then, so this choice was not blind.
 """
 
 import hashlib

@@ -63,6 +63,7 @@ def corruptions(rng, responses):
         "word doubled": " " + " ".join([words[0], *words]),
         "no space": response[1:],
         "two spaces": " " + response,
+        "line break for space": "\n" + response[1:],
         "unknown word": response.replace(words[-2] if len(words) > 1 else words[0], "xylophonic"),
         "goes on": response + " And",
         "line break": response + "\n",
