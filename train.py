@@ -1,6 +1,6 @@
 """Mixed Preference Optimization, stage by stage or in one go: which stage, from which checkpoint, with which numbers.
 
-    python train.py --stage mpo                       everything on the built-in world `advice`: minutes on two CPU cores
+    python train.py --stage mpo                       everything on the built-in world `advice`, on a CPU
     python train.py --stage dpo --out runs/a --lr 1e-5      one stage of a run whose earlier stages are there
     torchrun --nproc_per_node 8 train.py --stage ppo ...    any stage on several GPUs
 

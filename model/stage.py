@@ -29,7 +29,7 @@ from model.parallel import World
 class RunFlags:
     out: str = flag("runs/mpo", "folder of the run")
     seed: int = flag(0, "of everything random")
-    quick: bool = flag(False, "smallest budgets that still go through everything: under a minute")
+    quick: bool = flag(False, "smallest budgets that still go through everything")
 
 
 @dataclass(frozen=True)
