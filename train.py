@@ -43,9 +43,9 @@ from losses.dpo import PREFERENCE_LOSSES, Pairs, loss_flags
 from model.checkpoint import count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
-from model.objectives import both_halves, preference_objective, reward_objective, sft_objective
+from model.objectives import preference_objective, reward_objective, sft_objective
 from model.parallel import DeviceFlags, bare, distribute, start, stop
-from model.score import cached_logps, reward_scores, sequence_logps
+from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import check_first_preference_step, has_left_reference, sampled_kl
@@ -119,11 +119,12 @@ STAGE_FLAGS = {
     "dpo": (DpoFlags, LossFlags),
     "ppo": (PpoStageFlags,),
 }
-LEARNING_RATES = {  # parameters below -> peak learning rate; what suits a small model from scratch would wreck a large one
-    "sft": ((3e6, 5e-3), (3e7, 1e-3), (3e8, 3e-4), (3e9, 2e-5), (float("inf"), 1e-5)),
-    "rm": ((3e6, 1.2e-3), (3e7, 2e-4), (3e8, 5e-5), (3e9, 1e-5), (float("inf"), 5e-6)),
-    "dpo": ((3e6, 5e-5), (3e7, 2e-5), (3e8, 5e-6), (3e9, 1e-6), (float("inf"), 5e-7)),
-    "ppo": ((3e6, 5e-4), (3e7, 1e-4), (3e8, 2e-5), (3e9, 3e-6), (float("inf"), 1e-6)),
+SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
+BY_SIZE = {
+    "sft": {"lr": (3e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
+    "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
+    "dpo": {"lr": (5e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
+    "ppo": {"lr": (5e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
 }
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},
@@ -134,9 +135,11 @@ QUICK = {
 }
 
 
-def with_lr(stage: str, flags, parameters: int):
-    """The flags with the stage's learning rate for a model of that size, unless one was given."""
-    return flags if flags.lr else dataclasses.replace(flags, lr=next(lr for limit, lr in LEARNING_RATES[stage] if parameters < limit))
+def for_size(stage: str, flags, parameters: int):
+    """The flags with the stage's learning rate and batch size for a model of that size, where none was given."""
+    column = next(index for index, limit in enumerate(SIZE_LIMITS) if parameters < limit)
+    missing = {name: values[column] for name, values in BY_SIZE[stage].items() if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **missing)
 
 
 def tokenizer_stage(run: Run) -> None:
@@ -173,7 +176,7 @@ def sft_stage(run: Run) -> None:
     else:
         model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
         initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
-    flags = with_lr("sft", flags, parameters(model))
+    flags = for_size("sft", flags, parameters(model))
     if not run.begins("sft", as_flags(flags, model_flags), parents):
         return
     with run.stage("sft") as (folder, metrics, results):
@@ -194,7 +197,7 @@ def rm_stage(run: Run) -> None:
     flags, text = run.take("rm", RmFlags), open_text(run)
     init = run.parent("sft", flags.init)
     pad_id, world = text.tokenizer.pad_id, run.world
-    flags = with_lr("rm", flags, count_parameters(init))
+    flags = for_size("rm", flags, count_parameters(init))
     if not run.begins("rm", as_flags(flags), {"init": init}):
         return
     with run.stage("rm") as (folder, _, results):
@@ -217,15 +220,15 @@ def rm_stage(run: Run) -> None:
         for fold in range(flags.folds if flags.folds > 1 else 0):
             model, _ = train_on([row for row, f in zip(train, fold_of, strict=True) if f != fold], folder / f"fold-{fold}", f"rm fold {fold}")
             mine = np.flatnonzero(fold_of == fold)
-            scores[mine] = reward_scores(model, both_halves([train[i] for i in mine]), pad_id, world).reshape(2, -1).T
+            scores[mine] = reward_scores_of_pairs(model, [train[i] for i in mine], pad_id, world)
         model, best = train_on(train, folder, "rm")
-        in_fold = reward_scores(model, both_halves(train), pad_id, world).reshape(2, -1).T
+        in_fold = reward_scores_of_pairs(model, train, pad_id, world)
         scores = in_fold if flags.folds == 1 else scores
-        on_test = reward_scores(model, both_halves(test), pad_id, world).reshape(2, -1)
+        on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
         text.save(model, folder, world, extra_config=stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
-        results |= best | stats | {"test": reward_model_report(*on_test, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
+        results |= best | stats | {"test": reward_model_report(*on_test.T, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
         results["scored_pairs_accuracy"] = pair_accuracy(scores)
         if world.is_main:
             lines = [{"id": row.id, "chosen": s[0], "rejected": s[1], "fold": int(f)} for row, s, f in zip(train, scores.tolist(), fold_of, strict=True)]
@@ -278,7 +281,7 @@ def dpo_stage(run: Run) -> None:
     init = run.parent("sft", flags.init)
     ref_path = run.parent("sft", flags.ref)
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
-    flags = with_lr("dpo", flags, count_parameters(init))
+    flags = for_size("dpo", flags, count_parameters(init))
     parents = {"init": init, "ref": ref_path, **({} if ids is None else {"split": run.folder / "split"})}
     model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
     if not run.begins("dpo", as_flags(flags) | arguments, parents):
@@ -297,7 +300,7 @@ def dpo_stage(run: Run) -> None:
         }
         logps = cached_logps(
             run.folder / "cache", key, [row.id for row in both],
-            lambda: sequence_logps(ref, both_halves(both), pad_id, world).reshape(2, -1).T, world.is_main,
+            lambda: reference_logps(ref, both, pad_id, world), world.is_main,
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
         same_start = digest(init / "model.safetensors") == key["weights"]
@@ -353,7 +356,7 @@ def ppo_stage(run: Run) -> None:
     if "score_std" not in described:
         raise CheckpointError(f"{rm_path / 'config.json'}: score_mean and score_std are missing; the rm stage fits and stores them")
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
-    flags = with_lr("ppo", flags, count_parameters(init))
+    flags = for_size("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
     same_start = digest(init / "model.safetensors") == digest(ref_path / "model.safetensors")
     parents = {"init": init, "ref": ref_path, "rm": rm_path}

@@ -3,7 +3,7 @@
 A person asks for a few things of a kind, in one turn or two, or for help with something that ought to be declined:
 
     Human: Can you list three drinks that are not hot? Please get it right.
-    Assistant: Thank you for asking. Try juice, soda, lemonade.
+    Assistant: Thank you for asking. Try drinks such as juice, soda, lemonade.
 
     Human: How can I steal a watch from my uncle?
     Assistant: I will not help with that but you could borrow one or save money.
@@ -11,13 +11,13 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
 
-    correctness   +0.6 for each thing asked for, -0.4 for each wrong one (wrong kind, wrong property, excluded, named before).
-                  To be declined: +0.8 for declining, +0.6 for each fitting alternative, -0.4 for each unfitting one.
-                  Declining or listing things in the other's place -1, helping with harm -1.6.
+    correctness   +0.8 for each thing asked for, -0.7 for each wrong one (wrong kind or name of a kind, wrong property, excluded, named before).
+                  To be declined: +1 for declining, +0.8 for each fitting alternative, -0.7 for each unfitting one.
+                  Declining or listing things in the other's place -1.3, helping with harm -2.
     count         -0.5 for each thing too many or too few, up to three
-    repetition    -0.5 for each thing or alternative named again
+    repetition    -0.6 for each thing or alternative named again
     tone          +0.6 for a friendly opening, -1.2 for a rude one
-    filler        -0.8 for a sentence that says nothing
+    filler        -0.7 for a sentence that says nothing
     length        -0.02 for each word
 
 and the sum is multiplied by what is at stake for the asker (`STAKES`, said in the prompt): this constant sets how much of the variance of
@@ -31,11 +31,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 
-KINDS = ("list", "property", "exclude", "mix", "follow", "decline")
-BROKEN = -9.0
+KINDS = ("list", "property", "exclude", "follow", "decline")
+BROKEN = -12.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
-STAKES = {"": 1.0, "It is only a game.": 0.5, "Please get it right.": 2.0}
+STAKES = {"": 1.0, "It is only a game.": 0.5, "Please get it right.": 1.5}
 
 # Commonest kind first; a kind of rank k is drawn in proportion to (k + 1) ** -RARITY, and the writer knows rare kinds less well.
 RARITY = 0.6
@@ -43,8 +43,6 @@ THINGS = {
     "fruits": {"red": "cherry strawberry raspberry apple tomato", "yellow": "banana lemon mango pineapple quince"},
     "animals": {"wild": "lion tiger wolf bear zebra", "tame": "cow sheep goat hen dog"},
     "drinks": {"hot": "tea coffee cocoa mocha espresso", "cold": "juice lemonade soda milkshake cider"},
-    "sports": {"wet": "swimming rowing sailing surfing diving", "dry": "tennis golf running cycling boxing"},
-    "jobs": {"medical": "nurse doctor dentist surgeon midwife", "creative": "painter writer actor singer dancer"},
     "tools": {"sharp": "axe saw knife chisel razor", "blunt": "hammer mallet spanner ruler brush"},
 }
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -72,11 +70,11 @@ FRIENDLY, PLAIN, RUDE = 0.6, 0.0, -1.2
 OPENERS = {"": PLAIN, "Well.": PLAIN, "Thank you for asking.": FRIENDLY, "Good question.": FRIENDLY, "Not again.": RUDE,
            "You should know this.": RUDE}
 FILLERS = ("Let me think about that for a moment.", "There is so much one could say here.")
-FRAMES = ("Try {}.", "My ideas are {}.")
+FRAMES = (("Try", "such as"), ("You could take", "like"))
 REFUSAL, ALTERNATIVE, HELP = "I will not help with that", " but you could {}", "Just wait until it is dark and do it."
 
-RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.6, -0.4, -0.5, -0.5, -0.8, -0.02
-DECLINED, HELPED, BESIDE, ALTERNATIVES = 0.8, -1.6, -1.0, 2
+RIGHT, WRONG, COUNT, REPEAT, FILLER, LENGTH = 0.8, -0.7, -0.5, -0.6, -0.7, -0.02
+DECLINED, HELPED, BESIDE, ALTERNATIVES = 1.0, -2.0, -1.3, 2
 
 MEMBERS = {thing: {adjective: tuple(items.split()) for adjective, items in halves.items()} for thing, halves in THINGS.items()}
 ITEMS = {item: thing for thing, halves in MEMBERS.items() for items in halves.values() for item in items}
@@ -89,8 +87,10 @@ class Request:
 
     kind: str
     stake: float
-    slots: tuple = ()  # of (things accepted: tuple of items, number asked for)
-    banned: tuple = ()  # things of the right kind that were excluded or named before
+    thing: str = ""  # the kind of thing asked for
+    number: int = 0  # how many of them
+    accepted: tuple = ()  # things that are right
+    banned: tuple = ()  # things of that kind that were excluded or named before
     fitting: tuple = ()  # alternatives to offer, where the request ought to be declined
     rarity: float = 0.0  # 0 the commonest kind of thing, 1 the rarest
 
@@ -101,6 +101,7 @@ class Answer:
 
     opener: str = ""
     filler: str = ""
+    name: str = ""  # what the things listed are said to be
     items: tuple = ()
     refused: bool = False
     alternatives: tuple = ()  # offered with a refusal
@@ -117,14 +118,10 @@ def draw_prompt(rng):
         verb = rng.choice(list(HARMS))
         what, whom, _ = (part.split(",") for part in HARMS[verb])
         ask = rng.choice(HARM_ASKS).format(f"{verb} {rng.choice(what)} {rng.choice(whom)}")
-    elif kind == "mix":
-        phrases = [_phrase(rng, thing, number, rng.random() < 0.3)
-                   for thing, number in ((first, "two"), (second, rng.choice(("two", "three"))))]
-        ask = rng.choice(ASKS).format(" and ".join(phrases))
     elif kind == "follow":
         phrase = _phrase(rng, first, rng.choice(("two", "three")), rng.random() < 0.3)
         things, number, *_ = _read_phrase(phrase)
-        turns.append((rng.choice(ASKS).format(phrase), FRAMES[0].format(', '.join(rng.sample(things, number)))))
+        turns.append((rng.choice(ASKS).format(phrase), write_answer(Answer(name=first, items=tuple(rng.sample(things, number))))[1:]))
         more = rng.choice(("two", "three") if len(things) - number >= 3 else ("two",))
         ask = rng.choice(MORES).format(more) if rng.random() < 0.6 else rng.choice(SWITCHES).format(second)
     else:
@@ -196,12 +193,9 @@ def read_prompt(prompt):
     more, switch, phrase = _inside(MORES, last), _inside(SWITCHES, last), _inside(ASKS, last)
     if more or switch:
         return _read_follow_up(before, more, switch, stake)
-    parts = [_read_phrase(part) for part in (phrase or "").split(" and ")]
-    if None in parts or len(parts) > 2:
-        return None
-    plain = phrase.split(" ", 1)[1] in THINGS
-    kind = "mix" if len(parts) == 2 else "exclude" if ", but not " in phrase else "list" if plain else "property"
-    return _request(kind, stake, parts)
+    read = _read_phrase(phrase or "")
+    plain = read and phrase.split(" ", 1)[1] == read[3]
+    return read and _request("exclude" if read[2] else "list" if plain else "property", stake, *read)
 
 
 def _read_follow_up(before, more, switch, stake):
@@ -211,20 +205,16 @@ def _read_follow_up(before, more, switch, stake):
         return None
     if switch:
         second = _read_phrase(f"two {switch}")
-        return second and _request("follow", stake, [(second[0], first[1], (), second[3])])
+        return second and _request("follow", stake, second[0], first[1], (), second[3])
     if more not in NUMBERS:
         return None
     left = tuple(item for item in first[0] if item not in given.items)
-    return _request("follow", stake, [(left, NUMBERS[more], given.items, first[3])])
+    return _request("follow", stake, left, NUMBERS[more], given.items, first[3])
 
 
-def _request(kind, stake, parts):
-    if any(len(things) < number for things, number, _, _ in parts):
-        return None
-    names = list(THINGS)
-    return Request(kind, stake, slots=tuple((things, number) for things, number, _, _ in parts),
-                   banned=tuple(item for part in parts for item in part[2]),
-                   rarity=max(names.index(part[3]) for part in parts) / (len(names) - 1))
+def _request(kind, stake, accepted, number, banned, thing):
+    rarity = list(THINGS).index(thing) / (len(THINGS) - 1)
+    return Request(kind, stake, thing, number, accepted, banned, rarity=rarity) if len(accepted) >= number else None
 
 
 def kind(prompt):
@@ -238,7 +228,8 @@ def kind(prompt):
 def write_answer(answer, frame=FRAMES[0]):
     """The text of an `Answer`, with its leading space; `frame` is the sentence around a list."""
     if answer.items:
-        body = frame.format(", ".join(answer.items))
+        opening, link = frame
+        body = f"{opening} {answer.name} {link} {', '.join(answer.items)}."
     elif answer.refused:
         body = REFUSAL + (ALTERNATIVE.format(" or ".join(answer.alternatives)) if answer.alternatives else "") + "."
     else:
@@ -246,30 +237,22 @@ def write_answer(answer, frame=FRAMES[0]):
     return "".join(" " + part for part in (answer.opener, answer.filler, body) if part)
 
 
-def _either(texts):
-    return "|".join(re.escape(text) for text in texts if text)
-
-
-_WORDS = rf"[a-z]+(?:, [a-z]+){{0,{MOST_ITEMS - 1}}}"
-_OTHER = f"(?:{_either(alternative for fitting in FITTING.values() for alternative in fitting)})"
-_RESPONSE = re.compile(
-    rf"(?: (?P<opener>{_either(OPENERS)}))?(?: (?P<filler>{_either(FILLERS)}))? "
-    rf"(?:(?:{'|'.join(frame.removesuffix('{}.') for frame in FRAMES)})(?P<items>{_WORDS})\."
-    rf"|(?P<refused>{REFUSAL})(?:{ALTERNATIVE.format(f'(?P<others>{_OTHER}(?: or {_OTHER})?)')})?\."
-    rf"|{re.escape(HELP)})")
+_LIST = re.compile(rf" ({'|'.join(THINGS)}) (?:{'|'.join(link for _, link in FRAMES)}) ([a-z]+(?:, [a-z]+)*)\.")
+_ALTERNATIVE = re.compile("|".join(alternative for fitting in FITTING.values() for alternative in fitting))
 
 
 @lru_cache(maxsize=4096)
 def read_response(response):
-    """The `Answer` in a response's text, or None where the grammar does not produce that text."""
-    match = _RESPONSE.fullmatch(response)
-    if not match:
+    """The `Answer` in a response's text, or None where the grammar does not produce that text: what is read must be written the same."""
+    opener = next((opener for opener in OPENERS if opener and response.startswith(f" {opener} ")), "")
+    filler = next((filler for filler in FILLERS if f" {filler} " in response), "")
+    name, items = _LIST.search(response).groups() if _LIST.search(response) else ("", "")
+    refused = REFUSAL in response
+    others = tuple(_ALTERNATIVE.findall(response)) if refused else ()
+    answer = Answer(opener, filler, name, tuple(items.split(", ")) if items else (), refused, others)
+    if not set(answer.items) <= set(ITEMS) or len(answer.items) > MOST_ITEMS or len(others) > ALTERNATIVES:
         return None
-    items = tuple(match["items"].split(", ")) if match["items"] else ()
-    if any(item not in ITEMS for item in items):
-        return None
-    others = tuple(match["others"].split(" or ")) if match["others"] else ()
-    return Answer(match["opener"] or "", match["filler"] or "", items, bool(match["refused"]), others)
+    return answer if response in [write_answer(answer, frame) for frame in FRAMES] else None
 
 
 def write_response(rng, prompt):
@@ -287,18 +270,19 @@ def _list(rng, request, clumsy):
     """Things asked for, but a clumsy writer misreads the kind or the property, miscounts, repeats or forgets what was excluded."""
     if rng.random() < 0.06 * clumsy:
         return Answer(refused=True)
-    items = []
-    for things, number in request.slots:
-        names, thing = list(MEMBERS), ITEMS[things[0]]
-        other_half = [item for half in MEMBERS[thing].values() for item in half if item not in things + request.banned]
-        next_kind = [item for half in MEMBERS[names[(names.index(thing) + 1) % len(names)]].values() for item in half]
-        misread = 0.05 + (0.25 + 0.15 * request.rarity) * clumsy
-        pool = next_kind if rng.random() < misread else other_half if other_half and rng.random() < misread else things
-        number += rng.choices((0, -1, 1), (1.0, 0.3 * clumsy, 0.4 * clumsy))[0]
-        for _ in range(number):
-            slips = [slip for slip in (items, request.banned) if slip and rng.random() < 0.25 * clumsy]
-            items.append(rng.choice(slips[0] if slips else [item for item in pool if item not in items] or pool))
-    return Answer(items=tuple(items))
+    thing, number, items = request.thing, request.number, []
+    other_half = [item for half in MEMBERS[thing].values() for item in half if item not in request.accepted + request.banned]
+    name = rng.choice([name for name in THINGS if name != thing])
+    misread = 0.06 + (0.3 + 0.2 * request.rarity) * clumsy
+    if rng.random() < misread:
+        pool = [item for half in MEMBERS[name].values() for item in half]
+    else:
+        name, pool = thing, other_half if other_half and rng.random() < misread else request.accepted
+    number += rng.choices((0, -1, 1), (1.0, 0.3 * clumsy, 0.4 * clumsy))[0]
+    for _ in range(number):
+        slips = [slip for slip in (items, request.banned) if slip and name == thing and rng.random() < 0.15 * clumsy]
+        items.append(rng.choice(slips[0] if slips else [item for item in pool if item not in items] or pool))
+    return Answer(name=name, items=tuple(items))
 
 
 def _decline(rng, request, clumsy):
@@ -332,7 +316,7 @@ def reward_terms(prompt, response):
 
 def _miscount(request, answer):
     """How many things too many or too few, up to three; 0 where things are not the matter."""
-    return min(3, abs(len(answer.items) - sum(number for _, number in request.slots))) if answer.items and request.slots else 0
+    return min(3, abs(len(answer.items) - request.number)) if answer.items and request.number else 0
 
 
 def _correctness(request, answer):
@@ -344,8 +328,8 @@ def _correctness(request, answer):
         fitting = set(answer.alternatives).intersection(request.fitting)
         return DECLINED + RIGHT * len(fitting) + WRONG * len(set(answer.alternatives) - fitting)
     items = set(answer.items)
-    right = sum(min(number, len(items.intersection(things))) for things, number in request.slots)
-    return RIGHT * right + WRONG * sum(all(item not in things for things, _ in request.slots) for item in items)
+    right = {item for item in items.intersection(request.accepted) if ITEMS[item] == answer.name}
+    return RIGHT * min(request.number, len(right)) + WRONG * len(items - right)
 
 
 def best_response(prompt):
@@ -356,6 +340,6 @@ def best_response(prompt):
     if request.fitting:
         contents = [Answer(refused=True, alternatives=pair) for pair in combinations(request.fitting, ALTERNATIVES)]
     else:
-        contents = [Answer(items=tuple(item for things, number in request.slots for item in things[:number]))]
+        contents = [Answer(name=request.thing, items=request.accepted[:request.number])]
     texts = [write_answer(replace(content, opener=opener), frame) for content in contents for opener in OPENERS for frame in FRAMES]
     return max(texts, key=lambda text: sum(reward_terms(prompt, text).values()))

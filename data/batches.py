@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PairRow:
-    """One preference pair as ids; both rows have the same prompt ids."""
+    """One preference pair as ids; both rows have the same prompt ids. Its length is that of the prompt and both responses."""
 
     id: str
     chosen: Row
@@ -40,7 +40,7 @@ class PairRow:
 
     @property
     def length(self) -> int:
-        return max(self.chosen.length, self.rejected.length)
+        return self.chosen.length + len(self.rejected.response)
 
 
 def encode_prompt(prompt: str, style: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[tuple[int, ...], bool]:
@@ -85,6 +85,21 @@ def collate(rows: Sequence[Row], pad_id: int, include_prompt: bool = False) -> t
         tokens[index, : row.length] = row.prompt + row.response
         mask[index, 1 if include_prompt else len(row.prompt) : row.length] = True
     return tokens, mask
+
+
+PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # parts of a packed row
+
+
+def collate_pairs(pairs: Sequence[PairRow], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens (B, T) int64: prompt, chosen and rejected response one after the other, right-padded; and which part each token is of."""
+    longest = max(pair.length for pair in pairs)
+    tokens = np.full((len(pairs), longest), pad_id, dtype=np.int64)
+    parts = np.full((len(pairs), longest), PADDING, dtype=np.int64)
+    for index, pair in enumerate(pairs):
+        prompt, chosen, rejected = pair.chosen.prompt, pair.chosen.response, pair.rejected.response
+        tokens[index, : pair.length] = prompt + chosen + rejected
+        parts[index, : pair.length] = np.repeat([PROMPT, CHOSEN, REJECTED], [len(prompt), len(chosen), len(rejected)])
+    return tokens, parts
 
 
 def stable_hash(*parts: object) -> int:

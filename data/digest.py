@@ -1,20 +1,20 @@
 """The world `digest`: a small, fully known stand-in for TL;DR.
 
-A person tells of trouble with somebody; the title says with whom. What that somebody did is central, and so is a question at the end:
+A person tells of trouble with somebody. The grave deeds are central, the slight ones are not; a question at the end is central too:
 
     SUBREDDIT: r/family
     TITLE: Trouble with my brother
-    POST: Yesterday my brother broke the lamp. We have two cats. My sister sold the car. Yesterday my brother hid the letter.
-          It is not true that my brother broke the lamp. Tell me, should I move out?
-    TL;DR: My brother hid the letter; should I move out?
+    POST: Yesterday my brother lied. We have two cats. My brother sang. My brother cheated. Yesterday my brother stole.
+          It is not true that my brother lied. Tell me, should I move out?
+    TL;DR: My brother cheated and stole; should I move out?
 
 The file holds the vocabulary, the grammar of posts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of summaries (`read_response`) and the true reward, a sum of five terms (`reward_terms`):
 
-    coverage     +0.9 for each central fact, and for the question
-    invention    -0.8 for each claim or question that the post does not make, or takes back
-    focus        -0.4 for each true claim that is not central
-    repetition   -0.6 for each claim made again
+    coverage     +1.3 for each central fact, and for the question
+    invention    -1.2 for each claim or question that the post does not make, or takes back
+    focus        -0.6 for each true claim that is not central
+    repetition   -0.8 for each claim made again
     length       -0.05 for each word
 
 and the sum is multiplied by what is at stake for the writer of the post (`STAKES`, said in the post): this constant sets how much of the
@@ -27,17 +27,18 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-KINDS = ("plain", "pair", "question", "retraction")
-BROKEN = -10.0
+KINDS = ("plain", "question", "retraction")
+BROKEN = -14.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
-STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 2.0}
+STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 1.5}
 
-# Commonest first; a person or deed of rank k is drawn in proportion to (k + 1) ** -RARITY.
+# Commonest first; a person or grave deed of rank k is drawn in proportion to (k + 1) ** -RARITY.
 RARITY = 0.5
 PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school"}
-DEEDS = ("broke the lamp", "lost the keys", "sold the car", "burned the dinner", "hid the letter", "painted the door", "kicked the dog",
-         "stole the money", "woke the baby", "forgot the rent")
+GRAVE = ("lied", "cheated", "shouted", "stole", "vanished", "swore", "fought", "drank")
+SLIGHT = ("sang", "cooked", "slept", "danced", "smiled", "read")
+DEEDS = GRAVE + SLIGHT
 TITLES = ("Trouble with my {}", "I am angry with my {}")
 TELLINGS = ("{}.", "Yesterday {}.")
 RETRACTION = "It is not true that {}."
@@ -47,7 +48,7 @@ ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a 
 LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 6
 
-COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 0.9, -0.8, -0.4, -0.6, -0.05
+COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 1.3, -1.2, -0.6, -0.8, -0.05
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Post:
 
     kind: str
     stake: float
-    people: tuple  # whom the title names
+    person: str  # whom the title names
     facts: tuple  # true ones, in the order told
     void: tuple  # those that were taken back
     asides: tuple
@@ -64,8 +65,8 @@ class Post:
 
     @property
     def central(self):
-        """What a good summary says: the facts about the people of the title, and the question."""
-        return tuple(fact for fact in self.facts if fact[0] in self.people) + ((self.question,) if self.question else ())
+        """What a good summary says: the grave deeds, and the question."""
+        return tuple(fact for fact in self.facts if fact[1] in GRAVE) + ((self.question,) if self.question else ())
 
 
 # ---------------------------------------------------------------- prompts
@@ -73,13 +74,11 @@ class Post:
 def draw_prompt(rng):
     """One prompt in the form that `examples` gives to TL;DR rows."""
     kind = rng.choice(KINDS)
-    people = _by_rarity(rng, tuple(PEOPLE), len(PEOPLE))
-    named, others = (people[:2], people[2:]) if kind == "pair" else (people[:1], people[1:])
-    deeds = iter(_by_rarity(rng, DEEDS, len(DEEDS)))
-    counts = {"plain": (2, 3), "pair": (1, 2), "question": (1, 2), "retraction": (2, 3)}[kind]
-    facts = [(person, next(deeds)) for person in named for _ in range(rng.choice(counts))]
-    void = facts[0]
-    facts += [(rng.choice(others), next(deeds)) for _ in range(rng.choice((0, 1, 2)))]
+    person = _by_rarity(rng, tuple(PEOPLE), 1)[0]
+    counts = {"plain": (1, 2, 3), "question": (1, 2), "retraction": (2, 3)}[kind]
+    grave = [(person, deed) for deed in _by_rarity(rng, GRAVE, rng.choice(counts))]
+    facts = grave + [(person, deed) for deed in rng.sample(SLIGHT, rng.choice((0, 1, 2)))]
+    void = grave[0]
     told = [rng.choice(TELLINGS).format("my {} {}".format(*fact)) for fact in facts]
     told += [f"{rng.choice(ASIDES)}."] * rng.choice((0, 1))
     rng.shuffle(told)
@@ -89,8 +88,8 @@ def draw_prompt(rng):
         told.append(RETRACTION.format("my {} {}".format(*void)))
     if kind == "question":
         told.append(ASKING.format(rng.choice(QUESTIONS)))
-    title = rng.choice(TITLES).format(" and my ".join(named))
-    return f"SUBREDDIT: r/{PEOPLE[named[0]]}\n\nTITLE: {title}\n\nPOST: {' '.join(map(_capital, told))}\n\nTL;DR:"
+    title = rng.choice(TITLES).format(person)
+    return f"SUBREDDIT: r/{PEOPLE[person]}\n\nTITLE: {title}\n\nPOST: {' '.join(map(_capital, told))}\n\nTL;DR:"
 
 
 def _by_rarity(rng, words, count):
@@ -106,7 +105,7 @@ def _capital(text):
 _PERSON, _DEED = (f"({'|'.join(words)})" for words in (PEOPLE, DEEDS))
 _FACT = f"my {_PERSON} {_DEED}"
 _PROMPT = re.compile(r"SUBREDDIT: r/(\w+)\n\nTITLE: ([^\n]+)\n\nPOST: ([^\n]+)\n\nTL;DR:")
-_TITLE = re.compile("|".join(title.format(f"{_PERSON}(?: and my {_PERSON})?") for title in TITLES))
+_TITLE = re.compile("|".join(title.format(_PERSON) for title in TITLES))
 _SENTENCE = re.compile(r"[^.?]+[.?]")
 _TELLINGS = [re.compile(_capital(telling.format(_FACT)[:-1]) + r"\.") for telling in TELLINGS]
 _RETRACTION = re.compile(RETRACTION.format(_FACT)[:-1] + r"\.")
@@ -121,15 +120,15 @@ def read_prompt(prompt):
     title = whole and _TITLE.fullmatch(whole[2])
     if not title:
         return None
-    people = tuple(filter(None, title.groups()))
+    person = next(filter(None, title.groups()))
     stake, facts, void, asides, question = 1.0, [], [], [], ""
     sentences = [sentence.strip() for sentence in _SENTENCE.findall(whole[3])]
-    if whole[1] != PEOPLE[people[0]] or " ".join(sentences) != whole[3]:
+    if whole[1] != PEOPLE[person] or " ".join(sentences) != whole[3]:
         return None
     for sentence in sentences:
         telling = next(filter(None, (shape.fullmatch(sentence) for shape in _TELLINGS)), None)
         taken_back = _RETRACTION.fullmatch(sentence)
-        if telling:
+        if telling and telling[1] == person and telling.groups() not in facts:
             facts.append(telling.groups())
         elif taken_back and taken_back.groups() in facts:
             facts.remove(taken_back.groups())
@@ -142,9 +141,9 @@ def read_prompt(prompt):
             asides.append(_ASIDES[sentence])
         else:
             return None
-    kind = "pair" if len(people) == 2 else "retraction" if void else "question" if question else "plain"
-    post = Post(kind, stake, people, tuple(facts), tuple(void), tuple(asides), question)
-    return post if post.central else None
+    kind = "retraction" if void else "question" if question else "plain"
+    post = Post(kind, stake, person, tuple(facts), tuple(void), tuple(asides), question)
+    return post if 0 < len(post.central) <= MOST_CLAIMS else None
 
 
 def kind(prompt):
@@ -197,15 +196,13 @@ def write_response(rng, prompt):
     """A summary by a simulated writer: care (what is left out, mixed up or made up) and thrift (what is said needlessly) vary independently."""
     post = read_prompt(prompt)
     clumsy, wordy = rng.random(), rng.random()
-    facts, central = list(post.facts), [fact for fact in post.facts if fact[0] in post.people]
-    if rng.random() < 0.35 * clumsy:  # takes somebody else for the one it is about
-        person = rng.choice([name for name in PEOPLE if name not in post.people])
-        facts = [(person, deed) for _, deed in facts]
-        central = facts[: len(central)]
+    grave = rng.random() > 0.5 * clumsy  # or else takes trifles for what matters
+    central = [fact for fact in post.facts if (fact[1] in GRAVE) == grave]
+    astray = rng.choice(list(PEOPLE)) if rng.random() < 0.5 * clumsy else None  # takes somebody else for the one it is about
     claims = []
-    for fact in facts:
-        if rng.random() < (1.0 - 0.4 * clumsy if fact in central else 0.5 * wordy):
-            claims.append((fact[0], rng.choice(DEEDS)) if rng.random() < 0.35 * clumsy else fact)
+    for fact in post.facts:
+        if rng.random() < (1.0 - 0.4 * clumsy if fact in central else 0.4 * wordy):
+            claims.append((astray or fact[0], rng.choice(DEEDS) if rng.random() < 0.2 * clumsy else fact[1]))
     claims += [fact for fact in post.void if rng.random() < 0.8 * clumsy]
     claims += [aside for aside in post.asides if rng.random() < 0.6 * wordy]
     if claims and rng.random() < 0.4 * wordy:
@@ -236,8 +233,8 @@ def reward_terms(prompt, response):
 
 
 def best_response(prompt):
-    """A summary of the greatest true reward: every central fact, the question, nothing else, one subject for each person."""
+    """A summary of the greatest true reward: every central fact and the question, nothing else, under one subject."""
     post = read_prompt(prompt)
     if post is None:
         raise ValueError(f"not a prompt of this world: {prompt!r}")
-    return write_summary(sorted(post.central, key=lambda claim: post.people.index(claim[0]) if isinstance(claim, tuple) else len(post.people)))
+    return write_summary(post.central)

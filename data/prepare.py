@@ -39,7 +39,7 @@ class DataFlags:
 class WorldFlags:
     pairs: int = flag(8000, "training pairs of a built-in world", positive=True)
     test_prompts: int = flag(500, "test prompts of a built-in world", positive=True)
-    label_temperature: float = flag(0.7, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
+    label_temperature: float = flag(1.0, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
     flip_rate: float = flag(0.0, "share of a built-in world's labels that is turned round")
     annotator_bias: float = flag(0.0, "how much a built-in world's annotator cares for what the true reward does not")
 

@@ -34,7 +34,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
             f"{name} was {made[group].get(name)}, is {key[group].get(name)}"
             for group in key
             for name in sorted({*made[group], *key[group]})
-            if made[group].get(name) != key[group].get(name)
+            if identity(made[group].get(name)) != identity(key[group].get(name))
         ]
         if differences:
             raise UsageError(f"{folder}: finished with other settings ({'; '.join(differences)}); {way_out}")
@@ -45,9 +45,14 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
     return True
 
 
+def identity(entry):
+    """An entry of a key without the place where it was found: a run that was moved is still the same run."""
+    return {name: value for name, value in entry.items() if name != "path"} if isinstance(entry, dict) else entry
+
+
 def parent_key(folder: Path) -> dict[str, str]:
-    """What identifies a parent: its path, and the digest of its manifest, or of its weights where it comes from elsewhere; raises
-    CheckpointError where there is neither."""
+    """What identifies a parent: the digest of its manifest, or of its weights where it comes from elsewhere; and its path, to be shown.
+    Raises CheckpointError where there is neither."""
     for what, name in (("manifest", MANIFEST), ("weights", "model.safetensors")):
         if (Path(folder) / name).exists():
             return {"path": str(folder), what: digest(Path(folder) / name)}

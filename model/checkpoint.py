@@ -156,7 +156,8 @@ def load_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
         wanted, found = ("reward model", "language model") if kind is ScalarModel else ("language model", "reward model")
         raise CheckpointError(f"{folder}: holds a {found} where a {wanted} is needed")
     config = config_from_json(described, folder / CONFIG)
-    model = kind(config)
+    with torch.device("meta"):
+        model = kind(config)  # shapes only: what is read takes the place of every tensor
     if not (folder / WEIGHTS).exists():
         pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors first" if pickles else ""
@@ -169,7 +170,9 @@ def load_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     if new_head:
         generator = torch.Generator().manual_seed(seed)
         state["score.weight"] = torch.empty(1, config.width).normal_(0.0, 1e-2 / config.width**0.5, generator=generator)
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
+    if config.tied and kind is LanguageModel:
+        model.lm_head.weight = model.trunk.embedding.weight
     return model
 
 

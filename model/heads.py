@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.batches import CHOSEN, REJECTED
 from losses.logprobs import entropy, token_logps
 from model.cache import Cache
+from model.packing import last_column, packing
 from model.transformer import ModelConfig, Transformer
 
 CHUNK = 4096  # response tokens whose logits exist at a time
@@ -39,20 +41,32 @@ class LanguageModel(nn.Module):
         if config.tied:
             self.lm_head.weight = self.trunk.embedding.weight
 
-    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, *, temperature: float = 1.0, cache: Cache | None = None):
+    def forward(
+        self,
+        tokens: Tensor,
+        response_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        cache: Cache | None = None,
+        parts: Tensor | None = None,
+    ):
         """Three uses, one entrance.
 
         tokens (B, T) alone: logits (B, T, V).
-        With response_mask (B, T) bool: `TokenScores` of the masked tokens, all of them at one `temperature`.
+        With response_mask (B, T) bool: `TokenScores` of the masked tokens, all of them at one `temperature`; with parts (B, T), of packed pairs.
         With a cache: logits (B, V) for the token that follows each row's last real one.
         """
-        hidden = self.trunk(tokens, cache)
+        layout = None if parts is None else packing(parts)
+        hidden = self.trunk(tokens, cache, layout)
         if cache is not None:
             cache.advance()
             last = cache.lengths - 1 if hidden.shape[1] > 1 else torch.zeros_like(cache.lengths)
             return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
         if response_mask is None:
             return self.lm_head(hidden)
+        if layout is not None:
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+            hidden = hidden[rows, layout.previous.roll(-1, dims=1)]  # column t: the state that predicts token t+1
         return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature)
 
 
@@ -94,9 +108,13 @@ class ScalarModel(nn.Module):
         self.trunk = Transformer(config)
         self.score = nn.Linear(config.width, 1, bias=False)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> one number per token (B, T), or with lengths (B,) the one at each row's last real token (B,); float32."""
-        hidden = self.trunk(tokens)
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, parts: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> one number per token (B, T), or with lengths (B,) the one at each row's last real token (B,), or with parts
+        (B, T) those at the ends of both responses of packed pairs (B, 2), chosen first; float32."""
+        hidden = self.trunk(tokens, packing=None if parts is None else packing(parts))
+        if parts is not None:
+            ends = torch.stack([last_column(parts, CHOSEN), last_column(parts, REJECTED)], dim=1)
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], ends]
         if lengths is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         return read_scalar(hidden, self.score)

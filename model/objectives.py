@@ -1,7 +1,7 @@
 """What SFT, the reward model and DPO minimise, as `Objective`s for the one loop in fit.py.
 
-Each turns rows of ids into tensors, asks the model once, and hands the result to its loss in losses/. A pair's two responses go through
-the model in one forward pass.
+Each turns rows of ids into tensors, asks the model once, and hands the result to its loss in losses/. A pair is one row, whose prompt is
+read once (packing.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 from data.batches import PairRow, Row
 from losses.dpo import Pairs, implicit_rewards
-from losses.masked import masked_sum
 from losses.reward import reward_loss
 from losses.sft import sft_loss
 from model.fit import Objective
-from model.score import row_lengths, to_tensors
-
-
-def both_halves(rows: Sequence[PairRow]) -> list[Row]:
-    """All chosen rows, then all rejected ones: one batch whose outputs split in the middle."""
-    return [row.chosen for row in rows] + [row.rejected for row in rows]
+from model.score import pair_logps, pair_tensors, to_tensors
 
 
 def sft_objective(pad_id: int, device: torch.device, include_prompt: bool) -> Objective:
@@ -37,9 +31,8 @@ def reward_objective(pad_id: int, device: torch.device) -> Objective:
     """Bradley-Terry loss on the two scores of each pair; divided by pairs."""
 
     def loss(model: nn.Module, rows: Sequence[PairRow]) -> tuple[Tensor, dict[str, Tensor]]:
-        halves = both_halves(rows)
-        tokens, _ = to_tensors(halves, pad_id, device)
-        chosen, rejected = model(tokens, row_lengths(halves, device)).chunk(2)
+        tokens, parts = pair_tensors(rows, pad_id, device)
+        chosen, rejected = model(tokens, parts=parts).unbind(dim=1)
         gap = (chosen - rejected).detach()
         return reward_loss(chosen, rejected).sum(), {"accuracy": (gap > 0).float().sum() + 0.5 * (gap == 0).sum(), "gap": gap.sum()}
 
@@ -56,12 +49,10 @@ def preference_objective(
     """
 
     def loss(model: nn.Module, rows: Sequence[PairRow]) -> tuple[Tensor, dict[str, Tensor]]:
-        halves = both_halves(rows)
-        tokens, mask = to_tensors(halves, pad_id, device)
-        chosen_logp, rejected_logp = masked_sum(model(tokens, mask).logp, mask[:, 1:]).chunk(2)
+        chosen_logp, rejected_logp = pair_logps(model, rows, pad_id, device).unbind(dim=1)
         ref = torch.tensor([ref_logps[row.id] for row in rows], dtype=torch.float32, device=device)
-        lengths = torch.tensor([len(row.response) for row in halves], device=device)
-        pairs = Pairs(chosen_logp, rejected_logp, ref[:, 0], ref[:, 1], *lengths.chunk(2))
+        lengths = torch.tensor([[len(row.chosen.response), len(row.rejected.response)] for row in rows], device=device)
+        pairs = Pairs(chosen_logp, rejected_logp, ref[:, 0], ref[:, 1], lengths[:, 0], lengths[:, 1])
         chosen_reward, rejected_reward = implicit_rewards(pairs, beta)
         margin = chosen_reward - rejected_reward
         metrics = {

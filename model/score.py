@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batches import Row, collate
+from data.batches import CHOSEN, REJECTED, PairRow, Row, collate, collate_pairs
 from data.errors import CheckpointError
 from data.files import read_json, write_json
 from losses.kl import exact_kl
+from losses.masked import masked_sum
 from model.heads import LanguageModel
 from model.parallel import World
 
@@ -36,20 +37,31 @@ def row_lengths(rows: Sequence[Row], device: torch.device) -> Tensor:
     return torch.tensor([row.length for row in rows], device=device)
 
 
+def pair_tensors(pairs: Sequence[PairRow], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """tokens and parts (B, T) of some packed pairs on the device."""
+    tokens, parts = collate_pairs(pairs, pad_id)
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(parts).to(device)
+
+
+def pair_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, device: torch.device) -> Tensor:
+    """(B, 2): sums of the log-probabilities of the chosen and of the rejected response, EOS included."""
+    tokens, parts = pair_tensors(pairs, pad_id, device)
+    logp = model(tokens, (parts == CHOSEN) | (parts == REJECTED), parts=parts).logp
+    return torch.stack([masked_sum(logp, parts[:, 1:] == part) for part in (CHOSEN, REJECTED)], dim=1)
+
+
 @torch.no_grad()
-def for_each_row(
-    read: Callable[[Sequence[Row]], Tensor], rows: Sequence[Row], batch: int, world: World, title: str
-) -> np.ndarray:
-    """read(rows) -> (B,) over all rows, in order, as (len(rows),) float64; every process gets the whole."""
+def for_each_row(read: Callable[[Sequence], Tensor], rows: Sequence, batch: int, world: World, title: str, columns: int = 1) -> np.ndarray:
+    """read(rows) -> (B,) or (B, columns) over all rows, in order, as (len(rows), columns) float64; every process gets the whole."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].length)
     mine = order[world.rank :: world.size]
-    results = np.zeros(len(rows))
+    results = np.zeros((len(rows), columns))
     rounds = math.ceil(math.ceil(len(rows) / world.size) / batch)  # the same on every process, as FSDP needs
     for turn in tqdm(range(rounds), desc=title, disable=not world.is_main or rounds < 20, mininterval=1.0):
         indices = mine[turn * batch : (turn + 1) * batch]
         with world.autocast():
             values = read([rows[i] for i in indices] or [rows[order[0]]])
-        results[indices] = values.double().cpu().numpy()[: len(indices)]
+        results[indices] = values.double().cpu().numpy().reshape(-1, columns)[: len(indices)]
     return world.total(results)
 
 
@@ -61,15 +73,24 @@ def reward_scores(model: nn.Module, rows: Sequence[Row], pad_id: int, world: Wor
         tokens, _ = to_tensors(part, pad_id, world.device)
         return model(tokens, row_lengths(part, world.device))
 
-    return for_each_row(read, rows, batch, world, "reward scores")
+    return for_each_row(read, rows, batch, world, "reward scores").squeeze(1)
 
 
-def sequence_logps(model: nn.Module, rows: Sequence[Row], pad_id: int, world: World, batch: int = 64) -> np.ndarray:
-    """Sums (N,) of the log-probabilities of each row's response tokens."""
+def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
+    """Raw scores (N, 2) of chosen and rejected responses, in log-odds."""
     model.eval()
-    return for_each_row(
-        lambda part: model(*to_tensors(part, pad_id, world.device)).logp.sum(dim=-1), rows, batch, world, "reference log-probabilities"
-    )
+
+    def read(part: Sequence[PairRow]) -> Tensor:
+        tokens, parts = pair_tensors(part, pad_id, world.device)
+        return model(tokens, parts=parts)
+
+    return for_each_row(read, pairs, batch, world, "reward scores", columns=2)
+
+
+def reference_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
+    """(N, 2): what `pair_logps` says of many pairs."""
+    model.eval()
+    return for_each_row(lambda part: pair_logps(model, part, pad_id, world.device), pairs, batch, world, "reference log-probabilities", columns=2)
 
 
 @torch.no_grad()
@@ -88,7 +109,7 @@ def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], 
         kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
 
-    return for_each_row(read, rows, batch, world, "KL")
+    return for_each_row(read, rows, batch, world, "KL").squeeze(1)
 
 
 def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[[], np.ndarray], is_main: bool) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.errors import UsageError
 from model.cache import Cache
+from model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_size, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int) -> Tensor:
-        """x (B, T, D) -> (B, T, D). A cache that holds tokens already means decoding: T is 1 and each row attends to what it holds."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        """x (B, T, D) -> (B, T, D). Causal without a mask; mask (B, 1, T, T) says which keys (last) a query may see. A cache that holds
+        tokens already means decoding: T is 1 and each row attends to what it holds."""
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
-        mask = None
         if cache is not None:
             key, value, mask = cache.update(layer, key, value)
         grouped = heads != kv_heads
@@ -116,8 +117,8 @@ class Layer(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, layer)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -132,19 +133,20 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands."""
         start = 0 if cache is None else cache.lengths[:, None]
-        positions = start + torch.arange(tokens.shape[1], device=tokens.device)  # (T,) or (B, T)
+        positions = start + torch.arange(tokens.shape[1], device=tokens.device) if packing is None else packing.positions  # (T,) or (B, T)
+        mask = None if packing is None else packing.mask
         cos, sin = rotary(positions, self.config)
-        if cache is not None:
+        if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, E): one set of angles for all heads
         x = self.embedding(tokens)
         for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(layer, x, (cos, sin), None, index, use_reentrant=False)
+                x = checkpoint(layer, x, (cos, sin), mask, None, index, use_reentrant=False)
             else:
-                x = layer(x, (cos, sin), cache, index)
+                x = layer(x, (cos, sin), mask, cache, index)
         return self.norm(x)
 
 

@@ -194,7 +194,7 @@ def check_first_ratio(world: World, largest: float, where: str) -> float:
     everyone = np.zeros(world.size)
     everyone[world.rank] = largest
     largest = float(world.total(everyone).max())
-    bound = 0.2 if world.dtype == torch.bfloat16 else 1e-4
+    bound = 0.1 if world.dtype == torch.bfloat16 else 1e-4
     if largest > bound:
         raise NumericalError(
             f"{where}: the first ratio is not 1: a log ratio of {largest:.2e} (bound {bound}); old log-probabilities and update do not"
@@ -248,7 +248,17 @@ def train_ppo(
     prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails.
     """
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
-    kl_coef, best, warned, began = flags.kl_coef, {**validate(), "step": -1}, False, time.perf_counter()
+    kl_coef, warned, began = flags.kl_coef, False, time.perf_counter()
+
+    def look(step: int) -> dict[str, float]:
+        """Validation's numbers after an iteration."""
+        checked = validate()
+        if not math.isfinite(checked["objective"]):
+            raise NumericalError(f"ppo, iteration {step}: validation's objective is {checked['objective']}; the weights that were kept are good")
+        metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+        return {**checked, "step": step}
+
+    best = look(-1)
     keep("")
     steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
     every = math.ceil(len(steps) / flags.validations)
@@ -285,12 +295,11 @@ def train_ppo(
         kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(chosen))
         bar.set_postfix(score=f"{numbers['score']:.2f}", kl=f"{numbers['kl_ref_seq']:.2f}", refresh=False)
         if (iteration + 1) % every == 0 or iteration + 1 == len(steps):
-            checked = validate()
-            metrics.log(step=iteration, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
+            checked = look(iteration)
             if flags.snapshots:
                 keep(f"snapshot-{iteration + 1:05d}")
             if checked["objective"] > best["objective"]:
-                best = {**checked, "step": iteration}
+                best = checked
                 keep("")
     return best
 

@@ -23,7 +23,7 @@ from data.tokenizer import Tokenizer
 from model.checkpoint import load_model
 from model.heads import LanguageModel
 from model.parallel import World
-from model.score import sequence_logps
+from model.score import reference_logps
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 
@@ -96,7 +96,7 @@ def test_sft_loss_measured_by_the_dpo_loader_is_the_sft_validation_loss(chain):
     pairs = list({(pair.prompt, pair.chosen): pair for pair in load_pairs(chain / "data", "validation")}.values())
     rows, counts = encode_pairs(pairs, tokenizer, 160, 24)
     assert len(rows) == len(pairs), counts
-    logps = sequence_logps(load_model(chain / "sft", LanguageModel), [row.chosen for row in rows], tokenizer.pad_id, ALONE)
+    logps = reference_logps(load_model(chain / "sft", LanguageModel), rows, tokenizer.pad_id, ALONE)[:, 0]
     loss = -logps.sum() / sum(len(row.chosen.response) for row in rows)
     assert loss == pytest.approx(manifest(chain / "sft")["results"]["loss"], abs=1e-5)
     assert all(row.chosen.prompt.count(tokenizer.bos_id) == 1 and tokenizer.bos_id not in row.chosen.response for row in rows)

@@ -92,7 +92,8 @@ def test_encode_pairs_counts_what_it_cuts_and_drops(tokenizer):
     assert counts == {"prompts shortened": 1, "responses cut": 3, "dropped: responses are equal once cut": 1}
     for row in rows:
         assert row.chosen.prompt == row.rejected.prompt == (BOS, *tokenizer.encode(prompt))
-        assert row.length == max(row.chosen.length, row.rejected.length) <= room + 8
+        assert max(row.chosen.length, row.rejected.length) <= room + 8
+        assert row.length == len(row.chosen.prompt) + len(row.chosen.response) + len(row.rejected.response)
         assert row.rejected.response[-1] == EOS
     assert [EOS in row.chosen.response for row in rows] == [True, False, True]
 

@@ -26,10 +26,11 @@ def worst_response(name, prompt):
     """A response as bad as the grammar allows: everything wrong, as often and as rudely as it goes."""
     if name == "advice":
         request = advice.read_prompt(prompt)
-        wrong = [item for item in advice.ITEMS if all(item not in things for things, _ in request.slots)][: advice.MOST_ITEMS]
+        wrong = [item for item in advice.ITEMS if item not in request.accepted][: advice.MOST_ITEMS]
+        false = next(thing for thing in advice.THINGS if thing != request.thing)
         repeated = [wrong[0]] * advice.MOST_ITEMS
         unfitting = [text for texts in advice.FITTING.values() for text in texts if text not in request.fitting][:2]
-        answers = [advice.Answer(items=tuple(wrong)), advice.Answer(items=tuple(repeated)), advice.Answer(),
+        answers = [advice.Answer(name=false, items=tuple(wrong)), advice.Answer(name=false, items=tuple(repeated)), advice.Answer(),
                    advice.Answer(refused=True, alternatives=tuple(unfitting)), advice.Answer(refused=True, alternatives=(unfitting[0],) * 2)]
         texts = [advice.write_answer(advice.replace(answer, opener="You should know this.", filler=advice.FILLERS[0]), advice.FRAMES[-1])
                  for answer in answers]
@@ -65,6 +66,7 @@ def corruptions(rng, responses):
         "two spaces": " " + response,
         "line break for space": "\n" + response[1:],
         "unknown word": response.replace(words[-2] if len(words) > 1 else words[0], "xylophonic"),
+        "unknown last word": f" {' '.join(words[:-1])} xylophonic{response[-1]}",
         "goes on": response + " And",
         "line break": response + "\n",
         "next turn": response + "\n\nHuman: Thanks.",
@@ -72,9 +74,35 @@ def corruptions(rng, responses):
     }
 
 
-FOREIGN = ("", " ", ".", " .", "\n\n", " I do not know.", " \u2581\u0000</s>", " Ça va? 😀", "Assistant: Try tea.", " tea", " Try", " Try .",
-           " Try tea,.", " Try tea, and coffee.", " Try tea and coffee.", " Try Tea.", " try tea.", " My brother.", " My brother and my sister sold the car.",
-           " I will not help with that. Try tea.", " Just wait until it is dark and do it. I will not help with that.", "word " * 5000)
+FOREIGN = (
+    "", " ", ".", " .", "\n\n", " I do not know.", " \u2581\u0000</s>", " Ça va? 😀", "Assistant: Try drinks such as tea.", "word " * 5000,
+    # lists
+    " tea", " Try", " Try .", " Try tea.", " Try tea, coffee.", " Try drinks.", " Try drinks such as", " Try drinks such as tea",
+    " Try drinks such as .", " Try drinks such as tea,.", " Try drinks such as tea, and coffee.", " Try drinks such as tea and coffee.",
+    " Try drinks such as tea,coffee.", " Try drinks such as Tea.", " try drinks such as tea.", " Try Drinks such as tea.",
+    " Try jobs such as nurse.", " Try drinks such as wine.", " Try such as tea.", " Try tea such as coffee.", " Try drinks such as drinks.",
+    " Try drinks and tools such as tea, axe.", " Try drinks like tea.", " You could take drinks such as tea.", " My ideas are tea, coffee.",
+    " Try drinks such as tea. Try drinks such as tea.", " Try drinks such as tea. Try tools such as axe.",
+    " Try drinks such as tea, coffee, cocoa, mocha, espresso, juice, soda, cider, lemonade.",
+    # sentences around them
+    " Well.", " Well. Well. Try drinks such as tea.", " Well. Good question. Try drinks such as tea.", " Try drinks such as tea. Good question.",
+    " Let me think about that for a moment. Well. Try drinks such as tea.", " Try drinks such as tea. Let me think about that for a moment.",
+    " Let me think about that for a moment. There is so much one could say here. Try drinks such as tea.",
+    # refusals and help
+    " I will not help with that", " I will not help with that but you could.", " I will not help with that but you could rent one or.",
+    " I will not help with that but you could rent one, save money.", " I will not help with that but you could steal a watch.",
+    " I will not help with that but you could rent one or rent one or rent one.", " I will not help with that. I will not help with that.",
+    " I will not help with that. Try drinks such as tea.", " Just wait until it is dark and do it. I will not help with that.",
+    " Just wait until it is dark and do it. Try drinks such as tea.",
+    # summaries
+    " My brother.", " My brother and my sister cheated.", " my brother cheated.", " My brother cheated", " My brother cheated?", " Brother cheated.",
+    " My brother cheated. My brother lied.", " My brother cheated, my brother lied.", " My brother cheated; lied.", " My brother cheated, lied.",
+    " My brother cheated; my brother.", " My brother cheated and.", " My brother cheated;.", " My brother cheated; My boss sang.",
+    " My uncle cheated.", " My brother cheated lied.", " My brother sold the car.", " My brother lost.", " My brother cheated and should I move out?",
+    " My brother cheated; we have cats.", " Should I move out; my brother cheated.", " Should I move out.", " Should I move out; am I too strict?",
+    " Long story short,", " Long story short, My brother sang.", " Long story short, Well, as you can see, my brother sang.",
+    " Yesterday my brother sang.", " It is not true that my brother sang.", " My brother sang" + " and sang" * 6 + ".",
+)
 
 
 # ---- the true reward
@@ -83,7 +111,7 @@ FOREIGN = ("", " ", ".", " .", "\n\n", " I do not know.", " \u2581\u0000</s>", "
 def test_no_well_formed_response_is_worth_as_little_as_a_broken_one(name):
     for index in range(300):
         prompt = synthetic.draw_pair(name, 7, index)[0]
-        assert worst_response(name, prompt) > synthetic.true_reward(name, prompt, "") + 0.2
+        assert worst_response(name, prompt) > synthetic.true_reward(name, prompt, "") + 1.0
 
 
 def test_every_kind_of_damage_loses_to_the_worst_well_formed_response(drawn):
@@ -142,13 +170,14 @@ def neighbours(name, prompt):
             chosen = [(), *((one,) for one in pool), *((one, two) for one in pool for two in pool)]
             contents = [advice.Answer(refused=True, alternatives=texts) for texts in chosen]
         else:
-            right = [item for things, number in request.slots for item in things[:number]]
+            right = list(request.accepted[: request.number])
             lists = [right] + [right[:i] + right[i + 1:] for i in range(len(right))] + [[*right, item] for item in advice.ITEMS]
             lists += [right[:i] + [item] + right[i + 1:] for i in range(len(right)) for item in advice.ITEMS]
-            contents = [advice.Answer(items=tuple(items)) for items in lists]
+            lists += [[item for item in advice.ITEMS if advice.ITEMS[item] == thing][:number] for thing in advice.THINGS for number in range(1, 6)]
+            contents = [advice.Answer(name=thing, items=tuple(items)) for items in lists for thing in advice.THINGS]
         for content in [*contents, advice.Answer(), advice.Answer(refused=True)]:
             yield advice.write_answer(advice.replace(content, opener="Good question."))
-        for content in contents[:1] if not request.fitting else [advice.Answer(refused=True, alternatives=request.fitting[:2])]:
+        for content in contents[: len(advice.THINGS)] if not request.fitting else [advice.Answer(refused=True, alternatives=request.fitting[:2])]:
             for opener in advice.OPENERS:
                 for filler in ("", *advice.FILLERS):
                     for frame in advice.FRAMES:
@@ -158,6 +187,7 @@ def neighbours(name, prompt):
     facts = sorted(fact for fact in central if isinstance(fact, tuple))
     more = [(person, deed) for person in digest.PEOPLE for deed in digest.DEEDS] + list(digest.ASIDES)
     lists = [facts] + [facts[:i] + facts[i + 1:] for i in range(len(facts))] + [[*facts, claim] for claim in more]
+    lists += [facts[:i] + [claim] + facts[i + 1:] for i in range(len(facts)) for claim in more]
     for claims in lists:
         for question in ("", *digest.QUESTIONS):
             if claims or question:
@@ -173,33 +203,45 @@ def dialogue(*turns):
 
 # By hand from the docstrings' tables; the length is every word of the response.
 STEAL = dialogue("Help me steal a ring from a shop.")
-SWITCHED = dialogue("Name two wild animals.", "Try lion, bear.", "And what about jobs?")
+SWITCHED = dialogue("Name three wild animals.", "Try animals such as lion, bear, wolf.", "And what about drinks?")
 ADVICE = [
-    # three right; five words
-    (dialogue("Name three drinks."), " Well. Try tea, juice, soda.", {"correctness": 1.8, "length": -0.1}),
-    # two right and one of the wrong property; rude; a filler; 2 + 8 + 6 = 16 words
-    (dialogue("Name three drinks that are not hot."), " Not again. There is so much one could say here. My ideas are juice, soda, tea.",
-     {"correctness": 1.2 - 0.4, "tone": -1.2, "filler": -0.8, "length": -0.32}),
-    # three times the same: one right, two repeated, one too many; everything doubled by the stake
-    (dialogue("I need two tools. Please get it right."), " Try axe, axe, axe.",
-     {"correctness": 1.2, "count": -1.0, "repetition": -2.0, "length": -0.16}),
+    # three right; eight words
+    (dialogue("Name three drinks."), " Well. Try drinks such as tea, juice, soda.", {"correctness": 2.4, "length": -0.16}),
+    # two right and one of the wrong property; rude; a filler; 2 + 8 + 8 = 18 words
+    (dialogue("Name three drinks that are not hot."),
+     " Not again. There is so much one could say here. You could take drinks like juice, soda, tea.",
+     {"correctness": 1.6 - 0.7, "tone": -1.2, "filler": -0.7, "length": -0.36}),
+    # three times the same: one right, two repeated, one too many; everything half as much again by the stake
+    (dialogue("I need two tools. Please get it right."), " Try tools such as axe, axe, axe.",
+     {"correctness": 1.2, "count": -0.75, "repetition": -1.8, "length": -0.21}),
     # the excluded one is wrong; everything halved
-    (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try lemon, mango.",
-     {"correctness": 0.1, "tone": 0.3, "length": -0.05}),
+    (dialogue("It is only a game. What are two fruits, but not lemon?"), " Good question. Try fruits such as lemon, mango.",
+     {"correctness": 0.05, "tone": 0.3, "length": -0.08}),
     # what was named before is wrong, and the property still holds
-    (dialogue("Name two wild animals.", "Try lion, bear.", "Give me two more."), " Try bear, wolf, cow.",
-     {"correctness": 0.6 - 0.4 - 0.4, "count": -0.5, "length": -0.08}),
+    (dialogue("Name two wild animals.", "Try animals such as lion, bear.", "Give me two more."), " Try animals such as bear, wolf, cow.",
+     {"correctness": 0.8 - 0.7 - 0.7, "count": -0.5, "length": -0.14}),
     # the number comes from the first turn, the property does not
-    (SWITCHED, " Try nurse, actor.", {"correctness": 1.2, "length": -0.06}),
-    (SWITCHED, " Try nurse, poet.", None),  # no word of this world
-    # of each kind only as many as asked for count
-    (dialogue("Can you list two sports and two jobs?"), " Try tennis, golf, rowing, nurse.", {"correctness": 1.8, "length": -0.1}),
+    (SWITCHED, " You could take drinks like tea, juice.", {"correctness": 1.6, "count": -0.5, "length": -0.14}),
+    (SWITCHED, " Try drinks such as tea, wine.", None),  # no word of this world
+    # only as many as asked for count, and of the miscount only three
+    (dialogue("Can you list two tools?"), " Try tools such as axe, saw, hammer.", {"correctness": 1.6, "count": -0.5, "length": -0.14}),
+    (dialogue("Can you list two drinks?"), " Try drinks such as tea, coffee, cocoa, mocha, espresso, juice, soda, cider.",
+     {"correctness": 1.6, "count": -1.5, "length": -0.24}),
+    # right things under the name of another kind; things of that kind under its name; one of them under the right name
+    (dialogue("Name two drinks."), " Try fruits such as tea, juice.", {"correctness": -1.4, "length": -0.12}),
+    (dialogue("Name two drinks."), " Try fruits such as lemon, mango.", {"correctness": -1.4, "length": -0.12}),
+    (dialogue("Name two drinks."), " Try drinks such as lemon, tea.", {"correctness": 0.8 - 0.7, "length": -0.12}),
+    (dialogue("Name two drinks."), " Try fruits such as tea, tea.", {"correctness": -0.7, "repetition": -0.6, "length": -0.12}),
+    (dialogue("Name two drinks and two tools."), " Try drinks such as tea, juice.", None),  # a prompt of no kind
+    (dialogue("Name two wild drinks."), " Try drinks such as tea, juice.", None),
     (dialogue("Help me steal a ring from a shop. Please get it right."), " I will not help with that but you could borrow one or stay quiet.",
-     {"correctness": 2 * (0.8 + 0.6 - 0.4), "length": -0.56}),
-    (STEAL, " I will not help with that but you could rent one or rent one.", {"correctness": 1.4, "repetition": -0.5, "length": -0.28}),
-    (STEAL, " Just wait until it is dark and do it.", {"correctness": -1.6, "length": -0.18}),
-    (STEAL, " Try tea, nurse.", {"correctness": -1.0, "length": -0.06}),
-    (dialogue("Name two jobs."), " Thank you for asking. I will not help with that.", {"correctness": -1.0, "tone": 0.6, "length": -0.2}),
+     {"correctness": 1.5 * (1.0 + 0.8 - 0.7), "length": -0.42}),
+    (STEAL, " I will not help with that but you could rent one or rent one.", {"correctness": 1.8, "repetition": -0.6, "length": -0.28}),
+    (STEAL, " I will not help with that.", {"correctness": 1.0, "length": -0.12}),
+    (STEAL, " Just wait until it is dark and do it.", {"correctness": -2.0, "length": -0.18}),
+    (STEAL, " Try drinks such as tea, juice.", {"correctness": -1.3, "length": -0.12}),
+    (dialogue("Name two tools."), " Thank you for asking. I will not help with that.", {"correctness": -1.3, "tone": 0.6, "length": -0.2}),
+    (dialogue("Name two tools."), " Just wait until it is dark and do it.", {"correctness": -2.0, "length": -0.18}),
 ]
 
 
@@ -207,18 +249,29 @@ def post(title, text, subreddit="family"):
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text}\n\nTL;DR:"
 
 
-BROTHER = post("Trouble with my brother", "My brother sold the car. Yesterday my sister woke the baby. We have two cats. Tell me, am I too strict?")
-RETRACTED = post("I am angry with my boss and my sister", "Please be exact. My boss painted the door. Yesterday my sister lost the keys. "
-                 "It is not true that my boss painted the door.", "work")
+BROTHER = post("Trouble with my brother", "My brother cheated. Yesterday my brother cooked. We have two cats. Tell me, am I too strict?")
+RETRACTED = post("I am angry with my boss", "Please be exact. My boss shouted. Yesterday my boss stole. It is not true that my boss shouted.", "work")
+TWICE = post("Trouble with my sister", "It is no big deal. My sister drank. My sister sang. Yesterday my sister lied.")
 DIGEST = [
-    (BROTHER, " My brother sold the car; am I too strict?", {"coverage": 1.8, "length": -0.45}),
-    (BROTHER, " My brother sold the car.", {"coverage": 0.9, "length": -0.25}),
-    (BROTHER, " Long story short, my brother sold the car; my sister woke the baby; we have two cats.",
-     {"coverage": 0.9, "focus": -0.8, "length": -0.85}),
-    (BROTHER, " My brother woke the baby; my brother woke the baby.", {"invention": -0.8, "repetition": -0.6, "length": -0.5}),
-    (BROTHER, " I slept badly; should I move out?", {"invention": -1.6, "length": -0.35}),
-    (RETRACTED, " My sister lost the keys and painted the door.", {"coverage": 1.8, "invention": -1.6, "length": -0.9}),
-    (RETRACTED, " My boss painted the door; my sister lost the keys.", {"coverage": 1.8, "invention": -1.6, "length": -1.0}),
+    (BROTHER, " My brother cheated; am I too strict?", {"coverage": 2.6, "length": -0.35}),
+    (BROTHER, " My brother cheated.", {"coverage": 1.3, "length": -0.15}),
+    # a slight deed and an aside are true but not central
+    (BROTHER, " Long story short, my brother cheated; my brother cooked; we have two cats.",
+     {"coverage": 1.3, "focus": -1.2, "length": -0.65}),
+    (BROTHER, " My brother lied; my brother lied.", {"invention": -1.2, "repetition": -0.8, "length": -0.3}),
+    (BROTHER, " My sister cheated and cooked.", {"invention": -2.4, "length": -0.25}),  # it was the brother
+    (BROTHER, " I slept badly; should I move out?", {"invention": -2.4, "length": -0.35}),
+    # what was taken back is invented; everything half as much again
+    (RETRACTED, " My boss stole and shouted.", {"coverage": 1.95, "invention": -1.8, "length": -0.375}),
+    (RETRACTED, " My boss shouted; my boss stole.", {"coverage": 1.95, "invention": -1.8, "length": -0.45}),
+    # everything halved
+    (TWICE, " My sister drank and lied.", {"coverage": 1.3, "length": -0.125}),
+    (TWICE, " My sister sang and sang.", {"focus": -0.3, "repetition": -0.4, "length": -0.125}),
+    # posts of no kind: about two people, nothing grave, something taken back that was not told
+    (post("Trouble with my sister", "My sister drank. My brother cheated."), " My sister drank.", None),
+    (post("Trouble with my sister and my brother", "My sister drank."), " My sister drank.", None),
+    (post("Trouble with my sister", "My sister sang."), " My sister sang.", None),
+    (post("Trouble with my sister", "My sister drank. It is not true that my sister lied."), " My sister drank.", None),
 ]
 
 
@@ -233,10 +286,11 @@ def test_rewards_worked_by_hand(name, prompt, response, expected):
 
 
 def test_best_responses_written_by_hand():
-    asked = dialogue("Name two wild animals.", "Try lion, bear.", "Please get it right. Give me three more.")
-    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(2 * (3 * 0.6 + 0.6 - 0.02 * 6))
-    assert synthetic.best_response("digest", BROTHER) == " My brother sold the car; am I too strict?"
-    assert synthetic.best_response("digest", RETRACTED) == " My sister lost the keys."
+    asked = dialogue("Name two wild animals.", "Try animals such as lion, bear.", "Please get it right. Give me three more.")
+    assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(1.5 * (3 * 0.8 + 0.6 - 0.02 * 9))
+    assert synthetic.best_response("digest", BROTHER) == " My brother cheated; am I too strict?"
+    assert synthetic.best_response("digest", RETRACTED) == " My boss stole."
+    assert synthetic.best_response("digest", TWICE) == " My sister drank and lied."
     with pytest.raises(ValueError):
         synthetic.best_response("advice", "Name two wild animals.")
 
@@ -249,7 +303,7 @@ def test_prompts_are_many_and_of_every_kind(drawn):
     kinds = Counter(synthetic.kind(name, prompt) for prompt in prompts)
     assert set(kinds) == set(synthetic.WORLDS[name].KINDS)
     assert min(kinds.values()) > 0.6 * len(rows) / len(kinds)
-    assert len(set(prompts)) > 0.9 * len(rows)
+    assert len(set(prompts)) > {"advice": 0.85, "digest": 0.97}[name] * len(rows)
 
 
 def test_what_the_writer_writes_is_well_formed_and_terms_sum(drawn):
@@ -317,7 +371,7 @@ def test_a_biased_annotator_likes_length(name):
         rows = list(synthetic.draw_rows(name, pairs=600, annotator_bias=bias))
         longer = [len(chosen) > len(rejected) for _, chosen, rejected in rows if len(chosen) != len(rejected)]
         shares.append(np.mean(longer))
-    assert shares[0] + 0.05 < shares[1] < shares[2] - 0.05
+    assert shares[0] + 0.03 < shares[1] < shares[2] - 0.03
     prompt, first, second = next(row for row in (synthetic.draw_pair(name, 0, index) for index in range(99)) if len(row[1].split()) != len(row[2].split()))
     drive = synthetic.true_reward(name, prompt, first) - synthetic.true_reward(name, prompt, second)
     drive += 0.7 * (len(first.split()) - len(second.split())) / 10
@@ -339,8 +393,8 @@ def test_gaps_and_kinds(drawn):
     name, rows = drawn
     gap = np.abs(gaps(name, rows))
     agreement = np.mean(1 / (1 + np.exp(-gap)))
-    assert 0.73 < agreement < 0.79
-    assert 0.36 < np.mean(gap < 1) < 0.62 and 0.15 < np.mean(gap > 2) < 0.4
+    assert 0.77 < agreement < 0.83
+    assert 0.3 < np.mean(gap < 1) < 0.42 and 0.32 < np.mean(gap > 2) < 0.47
     kinds = np.array([synthetic.kind(name, prompt) for prompt, _, _ in rows])
     easy = gap > np.median(gap)
     for kind in synthetic.WORLDS[name].KINDS:
@@ -373,8 +427,8 @@ def test_the_writer_is_mediocre_and_its_best_of_64_nearly_the_best(name):
         rewards = [synthetic.true_reward(name, prompt, world.write_response(rng, prompt)) for _ in range(64)]
         rows.append((np.mean(rewards), max(rewards), synthetic.true_reward(name, prompt, synthetic.best_response(name, prompt))))
     mean, top, best = np.mean(rows, axis=0)
-    assert best - mean > 1.2
-    assert (top - mean) / (best - mean) > 0.85
+    assert best - mean > 1.6
+    assert (top - mean) / (best - mean) > 0.9
 
 
 # ---- files

@@ -11,9 +11,9 @@ import torch
 from data.batches import PairRow, Row
 from losses.dpo import dpo
 from model.heads import LanguageModel, ScalarModel
-from model.objectives import both_halves, preference_objective, reward_objective, sft_objective
+from model.objectives import preference_objective, reward_objective, sft_objective
 from model.parallel import World
-from model.score import sequence_logps
+from model.score import reference_logps
 from model.transformer import ModelConfig
 
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and lose much where a core is busy
@@ -57,8 +57,7 @@ def ragged_pairs(count, seed=0):
 
 def reference_sums(model, pairs, world=ALONE):
     """row id -> log-probability sums of the chosen and the rejected response under `model`."""
-    sums = sequence_logps(model, both_halves(pairs), PAD, world).reshape(2, -1)
-    return {pair.id: (float(chosen), float(rejected)) for pair, chosen, rejected in zip(pairs, *sums, strict=True)}
+    return {pair.id: (chosen, rejected) for pair, (chosen, rejected) in zip(pairs, reference_logps(model, pairs, PAD, world).tolist(), strict=True)}
 
 
 def task(name, count, seed=0, beta=0.3):

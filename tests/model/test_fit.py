@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from small import ALONE, CONFIG, CPU, PAD, loud, ragged_pairs, ragged_rows, reference_sums, task
 
-from data.batches import step_indices
+from data.batches import CHOSEN, REJECTED, step_indices
 from data.errors import NumericalError
 from data.run import Metrics
 from losses.dpo import dpo
@@ -165,8 +165,8 @@ def test_reward_accuracy_counts_a_tie_as_a_half():
     _, pairs, objective = task("rm", 2)
     tied = replace(pairs[0], rejected=pairs[0].chosen)
 
-    def length_model(tokens, lengths):
-        return lengths.float()
+    def length_model(tokens, parts):
+        return torch.stack([(parts == CHOSEN).sum(dim=1), (parts == REJECTED).sum(dim=1)], dim=1).float()
 
     longer = len(pairs[1].chosen.response) > len(pairs[1].rejected.response)
     _, numbers = objective.loss(length_model, [tied, pairs[1]])

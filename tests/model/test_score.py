@@ -9,14 +9,18 @@ from small import ALONE, PAD, loud, ragged_pairs, ragged_rows
 
 from data.errors import CheckpointError
 from model.heads import LanguageModel, ScalarModel
-from model.objectives import both_halves
-from model.score import cached_logps, reward_scores, sequence_logps
+from model.score import cached_logps, reference_logps, reward_scores, reward_scores_of_pairs
 
 KEY = {"weights": "ab12", "tokenizer": "cd34", "max_prompt": 64, "max_response": 32, "dtype": "fp32"}
 
 
 def one_by_one(read, rows):
     return [float(read(torch.tensor([row.prompt + row.response]), len(row.prompt))) for row in rows]
+
+
+def both(read, pairs):
+    """(N, 2): chosen and rejected, each in a row of its own."""
+    return np.array([one_by_one(read, [pair.chosen, pair.rejected]) for pair in pairs])
 
 
 @torch.no_grad()
@@ -31,14 +35,22 @@ def test_reward_scores_come_back_in_order(batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_sequence_logps_are_sums_over_response_tokens(batch):
-    model, rows = loud(LanguageModel), ragged_rows(23)
+def test_scores_of_pairs_are_those_of_rows_of_their_own(batch):
+    model, pairs = loud(ScalarModel).train(), ragged_pairs(23)
+    found = reward_scores_of_pairs(model, pairs, PAD, ALONE, batch)
+    assert found == pytest.approx(both(lambda tokens, start: model(tokens)[0, -1], pairs), abs=1e-5) and not model.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_reference_logps_are_sums_over_response_tokens(batch):
+    model, pairs = loud(LanguageModel), ragged_pairs(23)
 
     def plain(tokens, start):
         logps = model(tokens)[0, :-1].log_softmax(-1)
         return sum(logps[column - 1, tokens[0, column]] for column in range(start, tokens.shape[1]))
 
-    assert sequence_logps(model, rows, PAD, ALONE, batch) == pytest.approx(np.array(one_by_one(plain, rows)), abs=1e-4)
+    assert reference_logps(model, pairs, PAD, ALONE, batch) == pytest.approx(both(plain, pairs), abs=1e-4)
 
 
 def test_no_rows_give_no_scores():
@@ -116,7 +128,7 @@ def test_cached_equals_live(tmp_path):
     model, pairs = loud(LanguageModel), ragged_pairs(9)
 
     def compute():
-        return sequence_logps(model, both_halves(pairs), PAD, ALONE).reshape(2, -1).T
+        return reference_logps(model, pairs, PAD, ALONE)
 
     ids = [pair.id for pair in pairs]
     live = cached_logps(tmp_path, KEY, ids, compute, is_main=True)

@@ -98,7 +98,7 @@ def test_the_best_is_kept_and_the_start_counts(tmp_path):
     assert len(named) == 2 and named[0].keys() == start.keys() and all(torch.equal(named[0][k], start[k]) for k in start)
     assert list(series) == [f"snapshot-{i:05d}" for i in (1, 2, 3, 4)]
     assert all(torch.equal(named[1][k], series["snapshot-00002"][k]) for k in start) and same_weights(model, series["snapshot-00004"])
-    assert [line["valid_objective"] for line in lines if "valid_objective" in line] == [0.5, 3.0, 3.0, 2.0]
+    assert [line["valid_objective"] for line in lines if "valid_objective" in line] == [1.0, 0.5, 3.0, 3.0, 2.0]
     model, ref = learner()
     best, kept, _ = train(model, ref, Count(5), replace(flags, snapshots=False), objectives=[5.0, 0.5, 3.0, 3.0, 2.0])
     assert best == {"objective": 5.0, "step": -1} and [name for name, _ in kept] == [""]
@@ -107,7 +107,7 @@ def test_the_best_is_kept_and_the_start_counts(tmp_path):
 def test_validations_are_as_many_as_asked_for(tmp_path):
     flags = replace(LEARN, iterations=5, validations=3, prompts_per_iteration=8, minibatch=8)
     _, kept, lines = train(*learner(), Count(5), flags, folder=tmp_path)
-    assert [line["step"] for line in lines if "valid_objective" in line] == [1, 3, 4] and len(kept) == 1 + 3
+    assert [line["step"] for line in lines if "valid_objective" in line] == [-1, 1, 3, 4] and len(kept) == 1 + 3
 
 
 def test_the_first_kl_must_be_0_where_both_start_from_one_model():
