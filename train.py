@@ -76,7 +76,8 @@ class SftFlags(FitFlags):
 @dataclass(frozen=True)
 class RmFlags(FitFlags):
     epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
-    patience: int = flag(8, "stop after so many validations without a better one", positive=True)
+    weight_decay: float = flag(0.3, "AdamW's decay of matrices")
+    patience: int = flag(4, "stop after so many validations without a better one", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
 
@@ -121,10 +122,10 @@ STAGE_FLAGS = {
 }
 SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
 BY_SIZE = {
-    "sft": {"lr": (3e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
+    "sft": {"lr": (6e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
-    "dpo": {"lr": (5e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
-    "ppo": {"lr": (5e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
+    "dpo": {"lr": (3e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
+    "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
 }
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},

@@ -11,10 +11,10 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of responses (`read_response`) and the true reward, a sum of six terms (`reward_terms`):
 
-    correctness   +0.8 for each thing asked for, -0.7 for each wrong one (wrong kind or name of a kind, wrong property, excluded, named before).
+    correctness   +0.8 for each thing asked for, -0.7 for each wrong one (nonsense, wrong kind or name of a kind, wrong property, excluded, named before).
                   To be declined: +1 for declining, +0.8 for each fitting alternative, -0.7 for each unfitting one.
                   Declining or listing things in the other's place -1.3, helping with harm -2.
-    count         -0.5 for each thing too many or too few, up to three
+    count         -0.5 for each thing too many or too few
     repetition    -0.6 for each thing or alternative named again
     tone          +0.6 for a friendly opening, -1.2 for a rude one
     filler        -0.7 for a sentence that says nothing
@@ -32,7 +32,7 @@ from functools import lru_cache
 from itertools import combinations
 
 KINDS = ("list", "property", "exclude", "follow", "decline")
-BROKEN = -12.0
+BROKEN = -8.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is only a game.": 0.5, "Please get it right.": 1.5}
@@ -45,8 +45,9 @@ THINGS = {
     "drinks": {"hot": "tea coffee cocoa mocha espresso", "cold": "juice lemonade soda milkshake cider"},
     "tools": {"sharp": "axe saw knife chisel razor", "blunt": "hammer mallet spanner ruler brush"},
 }
+NONSENSE = ("gravel", "smoke", "dust", "glue", "mud", "rust", "fog", "slime")  # what a careless writer names; never right
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-MOST_ITEMS = 8
+MOST_ITEMS = 5
 
 ASKS = ("Name {}.", "Can you list {}?", "I need {}.", "What are {}?")
 MORES = ("Give me {} more.", "Can you add {} more?")
@@ -250,7 +251,7 @@ def read_response(response):
     refused = REFUSAL in response
     others = tuple(_ALTERNATIVE.findall(response)) if refused else ()
     answer = Answer(opener, filler, name, tuple(items.split(", ")) if items else (), refused, others)
-    if not set(answer.items) <= set(ITEMS) or len(answer.items) > MOST_ITEMS or len(others) > ALTERNATIVES:
+    if not set(answer.items) <= {*ITEMS, *NONSENSE} or len(answer.items) > MOST_ITEMS or len(others) > ALTERNATIVES:
         return None
     return answer if response in [write_answer(answer, frame) for frame in FRAMES] else None
 
@@ -273,7 +274,7 @@ def _list(rng, request, clumsy):
     thing, number, items = request.thing, request.number, []
     other_half = [item for half in MEMBERS[thing].values() for item in half if item not in request.accepted + request.banned]
     name = rng.choice([name for name in THINGS if name != thing])
-    misread = 0.06 + (0.3 + 0.2 * request.rarity) * clumsy
+    misread = 0.03 + (0.15 + 0.15 * request.rarity) * clumsy
     if rng.random() < misread:
         pool = [item for half in MEMBERS[name].values() for item in half]
     else:
@@ -281,7 +282,8 @@ def _list(rng, request, clumsy):
     number += rng.choices((0, -1, 1), (1.0, 0.3 * clumsy, 0.4 * clumsy))[0]
     for _ in range(number):
         slips = [slip for slip in (items, request.banned) if slip and name == thing and rng.random() < 0.15 * clumsy]
-        items.append(rng.choice(slips[0] if slips else [item for item in pool if item not in items] or pool))
+        careless = rng.random() < 0.02 + 0.4 * clumsy
+        items.append(rng.choice(NONSENSE if careless else slips[0] if slips else [item for item in pool if item not in items] or pool))
     return Answer(name=name, items=tuple(items))
 
 
@@ -315,8 +317,8 @@ def reward_terms(prompt, response):
 
 
 def _miscount(request, answer):
-    """How many things too many or too few, up to three; 0 where things are not the matter."""
-    return min(3, abs(len(answer.items) - request.number)) if answer.items and request.number else 0
+    """How many things too many or too few; 0 where things are not the matter."""
+    return abs(len(answer.items) - request.number) if answer.items and request.number else 0
 
 
 def _correctness(request, answer):
@@ -328,7 +330,7 @@ def _correctness(request, answer):
         fitting = set(answer.alternatives).intersection(request.fitting)
         return DECLINED + RIGHT * len(fitting) + WRONG * len(set(answer.alternatives) - fitting)
     items = set(answer.items)
-    right = {item for item in items.intersection(request.accepted) if ITEMS[item] == answer.name}
+    right = items.intersection(request.accepted) if answer.name == request.thing else set()
     return RIGHT * min(request.number, len(right)) + WRONG * len(items - right)
 
 

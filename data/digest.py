@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 KINDS = ("plain", "question", "retraction")
-BROKEN = -14.0
+BROKEN = -12.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 1.5}
@@ -38,7 +38,8 @@ RARITY = 0.5
 PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school"}
 GRAVE = ("lied", "cheated", "shouted", "stole", "vanished", "swore", "fought", "drank")
 SLIGHT = ("sang", "cooked", "slept", "danced", "smiled", "read")
-DEEDS = GRAVE + SLIGHT
+ABSURD = ("exploded", "melted", "flew", "froze")  # no post tells of these, a careless summary may
+DEEDS = GRAVE + SLIGHT + ABSURD
 TITLES = ("Trouble with my {}", "I am angry with my {}")
 TELLINGS = ("{}.", "Yesterday {}.")
 RETRACTION = "It is not true that {}."
@@ -202,7 +203,7 @@ def write_response(rng, prompt):
     claims = []
     for fact in post.facts:
         if rng.random() < (1.0 - 0.4 * clumsy if fact in central else 0.4 * wordy):
-            claims.append((astray or fact[0], rng.choice(DEEDS) if rng.random() < 0.2 * clumsy else fact[1]))
+            claims.append((astray or fact[0], rng.choice(DEEDS + 5 * ABSURD) if rng.random() < 0.05 + 0.4 * clumsy else fact[1]))
     claims += [fact for fact in post.void if rng.random() < 0.8 * clumsy]
     claims += [aside for aside in post.asides if rng.random() < 0.6 * wordy]
     if claims and rng.random() < 0.4 * wordy:

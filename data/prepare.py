@@ -27,7 +27,7 @@ class DataFlags:
     test_data: str | None = flag(None, "pairs to test on, a spec like --data (default: a share of --data by hash of the prompt)")
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
     test_share: float = flag(0.1, "of the prompts, where --test-data is not given")
-    validation_share: float = flag(0.1, "of the remaining prompts")
+    validation_share: float = flag(0.05, "of the remaining prompts")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
     max_pairs: int | None = flag(None, "read only the first so many usable pairs of --data", positive=True)
@@ -37,7 +37,7 @@ class DataFlags:
 
 @dataclass(frozen=True)
 class WorldFlags:
-    pairs: int = flag(8000, "training pairs of a built-in world", positive=True)
+    pairs: int = flag(10_000, "training pairs of a built-in world", positive=True)
     test_prompts: int = flag(500, "test prompts of a built-in world", positive=True)
     label_temperature: float = flag(1.0, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
     flip_rate: float = flag(0.0, "share of a built-in world's labels that is turned round")

@@ -15,6 +15,9 @@ depend on nothing but the world: constant seed, temperature 1, no flips, no bias
 training, row i of seed s is a function of (s, i), and its label is drawn apart from its texts: more pairs extend a file, and another
 temperature or flip rate relabels the same texts.
 
+Some of a writer's mistakes show in the words alone (nonsense, rudeness, absurd deeds), others only beside the prompt (the wrong kind, a wrong
+property, a wrong person): a small reward model learns the first at once and the second slowly, if at all.
+
 The true reward is for measuring only. No stage of training calls `true_reward`; a test runs them all with it raising.
 The worlds' constants were chosen for language quality after SFT, labels and reward models; runs of DPO and PPO on earlier versions had been
 seen by then, so this choice was not blind.

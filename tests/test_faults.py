@@ -158,7 +158,7 @@ def test_fewer_rows_than_a_batch_make_a_smaller_batch(tmp_path):
     _, run = tokenizer_stage(tmp_path, GOOD[:14], "--test-share", 0.2, "--validation-share", 0.2)
     rows = len(load_pairs(run / "data", "train"))
     assert rows < 32
-    here("--stage", "sft", "--out", run, "--epochs", 3, "--validations", 1)
+    here("--stage", "sft", "--out", run, "--epochs", 3, "--validations", 1, "--batch-size", 16)
     assert [line["step"] for line in steps(run / "sft")] == [0, 1, 2]
     here("--stage", "rm", "--out", run, "--epochs", 1, "--validations", 1)
     here("--stage", "split", "--out", run, "--rule", "none")

@@ -50,7 +50,7 @@ def test_the_chain_makes_every_stage_and_the_comparison(chain):
 
 def test_metrics_have_one_line_per_step_without_gaps(chain):
     rows = {"sft": len(load_pairs(chain / "data", "train")), "dpo": len(ids(chain / "split" / "easy.jsonl"))}
-    expected = {"sft": -(-rows["sft"] // 16), "dpo": max(1, round(0.5 * -(-rows["dpo"] // 16))), "ppo": 2}
+    expected = {"sft": -(-rows["sft"] // 8), "dpo": max(1, round(0.5 * -(-rows["dpo"] // 16))), "ppo": 2}
     for stage in TRAINED:
         folders = [chain / stage, *sorted((chain / stage).glob("fold-*"))]
         assert len(folders) == (3 if stage == "rm" else 1)
@@ -408,5 +408,5 @@ def test_stored_moments_are_those_of_the_demonstrations_and_folds_score_what_the
     assert set(fold_of.values()) == {0, 1} and all(fold_of[prompts[row["id"]]] == row["fold"] for row in rows)
     for fold in (0, 1):  # a fold model's steps cover the other fold's pairs and no more
         others = sum(row["fold"] != fold for row in rows)
-        expected = max(1, round(0.3 * -(-others // 16)))
+        expected = max(1, round(0.3 * -(-others // 8)))
         assert len(steps(chain / "rm" / f"fold-{fold}")) == expected
