@@ -17,10 +17,13 @@ In a chain a stage's flag takes the stage's name: --dpo-lr. `--stage X --help` l
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -443,6 +446,16 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def typed_names(flags, prefix: str) -> Iterator[None]:
+    """Puts the chain's prefix before the names of these flags in the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        names = "|".join(sorted((field.name.replace("_", "-") for field in dataclasses.fields(flags)), key=len, reverse=True))
+        raise UsageError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
+
+
 def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
     for name in CHAIN if stage == "mpo" else (stage,):
@@ -453,9 +466,11 @@ def check_flags(run: Run, stage: str) -> None:
                 if not 0 <= getattr(flags, field, 0) <= most:
                     raise UsageError(f"--{prefix}{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
             if isinstance(flags, SplitFlags):
-                check_split_flags(flags)
+                with typed_names(flags, prefix):
+                    check_split_flags(flags)
             if isinstance(flags, PpoFlags):
-                check_ppo_flags(flags)
+                with typed_names(flags, prefix):
+                    check_ppo_flags(flags)
                 if flags.prompts_per_iteration % run.world.size:
                     count, size = flags.prompts_per_iteration, run.world.size
                     raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")
