@@ -61,7 +61,7 @@ def step(model, read, pairs: list[PairRow], micro_batch: int = 8) -> tuple[float
         part = pairs[first : first + micro_batch]
         loss = reward_loss(*read(model, part).unbind(dim=1)).sum() / len(pairs)  # DPO's with beta 1 and an even reference
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     model.zero_grad()
     return total, time.perf_counter() - began
 

@@ -1,0 +1,84 @@
+"""New tokens per second: ours and transformers' `generate`, same weights, same prompts, greedy, in turn.
+
+    pip install -r tests/requirements.txt
+    python tests/bench/generation.py [--rows 64] [--prompt 64] [--new 64] [--repeats 5] [--dtype fp32] [--threads N]
+
+The model is a LLaMA of 8.4M parameters with random weights. Both must give the same tokens (in fp32) before anything is timed; neither may
+end early. Prints medians and the median of the paired ratios.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from data.report import markdown_table  # noqa: E402
+from model.checkpoint import save_model  # noqa: E402
+from model.generate import generate  # noqa: E402
+from model.heads import LanguageModel  # noqa: E402
+from model.transformer import ModelConfig, initialise  # noqa: E402
+
+CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
+NEVER = -1  # an end token that no row draws
+
+
+def models() -> tuple[LanguageModel, transformers.LlamaForCausalLM]:
+    """The same weights in both."""
+    ours = LanguageModel(CONFIG)
+    initialise(ours, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, Path(folder), special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    theirs.generation_config.eos_token_id = None
+    return ours.eval(), theirs.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--threads", type=int)
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    ours, theirs = models()
+    if flags.dtype == "bf16":
+        theirs = theirs.bfloat16()  # its fastest way; ours keeps float32 weights and computes under autocast
+    prompts = torch.randint(4, CONFIG.vocab_size, (flags.rows, flags.prompt), generator=torch.Generator().manual_seed(0))
+
+    def one() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=flags.dtype == "bf16"):
+            return generate(ours, prompts.tolist(), max_new_tokens=flags.new, eos_id=NEVER, pad_id=3).tokens
+
+    def other() -> torch.Tensor:
+        return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=flags.new, do_sample=False, pad_token_id=3)
+
+    with torch.no_grad():
+        first, second = one(), other()
+        assert first.shape == second.shape and (flags.dtype == "bf16" or torch.equal(first, second)), "the tokens differ"
+        times = []
+        for _ in range(flags.repeats):
+            began = time.perf_counter()
+            one()
+            middle = time.perf_counter()
+            other()
+            times.append((middle - began, time.perf_counter() - middle))
+    tokens = flags.rows * flags.new
+    mine, peer = (tokens / statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(b / a for a, b in times)
+    print(f"{flags.rows} prompts of {flags.prompt} tokens, {flags.new} new, {flags.dtype}, {torch.get_num_threads()} threads\n")
+    print(markdown_table(["", "new tokens per second"], [("ours", f"{mine:.0f}"), (f"transformers {transformers.__version__}", f"{peer:.0f}"), ("ratio", f"{ratio:.2f}")]))
+
+
+if __name__ == "__main__":
+    main()
