@@ -143,6 +143,14 @@ def test_a_parent_that_is_made_anew_has_another_digest(tmp_path):
     assert manifests[0] != manifests[1]
 
 
+def test_a_run_that_was_moved_is_still_the_same(tmp_path):
+    """Parents count by what they hold, wherever they lie."""
+    run = tmp_path / "here"
+    finished(run / "dpo", "dpo", {"sft": finished(run / "sft")})
+    moved = run.rename(tmp_path / "there")
+    assert not begin_stage(moved / "dpo", {"lr": 0.1}, {"sft": moved / "sft"})
+
+
 # ---- metrics
 
 

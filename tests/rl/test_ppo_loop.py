@@ -104,6 +104,15 @@ def test_the_best_is_kept_and_the_start_counts(tmp_path):
     assert best == {"objective": 5.0, "step": -1} and [name for name, _ in kept] == [""]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_validation_that_is_not_finite_stops(place):
+    """Else NaN would compare false for ever, and the first weights would pass for the best."""
+    objectives = [1.0, 2.0, 3.0]
+    objectives[place] = NAN
+    with pytest.raises(NumericalError, match="validation's objective is nan"):
+        train(*learner(), Count(5), replace(LEARN, iterations=2, validations=2, prompts_per_iteration=8, minibatch=8), objectives=objectives)
+
+
 def test_validations_are_as_many_as_asked_for(tmp_path):
     flags = replace(LEARN, iterations=5, validations=3, prompts_per_iteration=8, minibatch=8)
     _, kept, lines = train(*learner(), Count(5), flags, folder=tmp_path)
