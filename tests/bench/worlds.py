@@ -3,7 +3,7 @@
     python tests/bench/worlds.py [--data advice] [--seeds 1,2,3] [--runs FOLDER] [--results tests/results/worlds.jsonl] [flags of train.py]
 
 Each seed redraws training data, labels, initialisation and sampling; test prompts are fixed. A finished seed is one JSON line, keyed by
-data, seed and flags, and is not run again. Ends with a table of means over seeds with t intervals, and differences paired by seed.
+data, seed and flags, and is not run again (remove its line to do so: a changed default does not show in the flags; `code` tells). Ends with a table of means over seeds with t intervals, and differences paired by seed.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def run_seed(data: str, seed: int, runs: Path, flags: list[str]) -> dict:
     split = json.loads((out / "split" / "manifest.json").read_text())["results"]
     reward_model = {key: rm[key] for key in ("n", "accuracy", "share_of_gaps_below_1", "calibration_error")}
     reward_model["buckets"] = {name: [b["share"], b["accuracy"]] for name, b in rm["buckets"].items()}
-    return {"data": data, "seed": seed, "flags": flags, "prompts": report["prompts"], "rows": rows, "rm": reward_model, "split": split}
+    code = json.loads((out / "ppo" / "manifest.json").read_text())["versions"]["code"]
+    return {"data": data, "seed": seed, "flags": flags, "code": code, "prompts": report["prompts"], "rows": rows, "rm": reward_model, "split": split}
 
 
 def table(lines: list[dict]) -> str:
