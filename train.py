@@ -17,13 +17,10 @@ In a chain a stage's flag takes the stage's name: --dpo-lr. `--stage X --help` l
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +32,7 @@ from data.batches import PairRow, encode_prompt, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json
-from data.flags import add_flags, flag, take_flags
+from data.flags import add_flags, flag, take_flags, typed_names
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
@@ -376,6 +373,7 @@ def ppo_stage(run: Run) -> None:
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
 
         def validate() -> dict[str, float]:
+            """Means over the validation prompts' responses, and the objective that decides which weights are kept."""
             keys = list(range(world.rank, len(checks), world.size))
             same_for_all = keys + [0] * (-(-len(checks) // world.size) - len(keys))  # FSDP needs as many rows of every process
             rollout, _ = roll_out(
@@ -444,16 +442,6 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         for group in STAGE_FLAGS[name]:
             add_flags(parser, group, f"{name}_" if stage == "mpo" else "")
     return parser
-
-
-@contextlib.contextmanager
-def typed_names(flags, prefix: str) -> Iterator[None]:
-    """Puts the chain's prefix before the names of these flags in the message of a UsageError."""
-    try:
-        yield
-    except UsageError as error:
-        names = "|".join(sorted((field.name.replace("_", "-") for field in dataclasses.fields(flags)), key=len, reverse=True))
-        raise UsageError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
 
 
 def check_flags(run: Run, stage: str) -> None:

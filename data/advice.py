@@ -247,7 +247,8 @@ def read_response(response):
     """The `Answer` in a response's text, or None where the grammar does not produce that text: what is read must be written the same."""
     opener = next((opener for opener in OPENERS if opener and response.startswith(f" {opener} ")), "")
     filler = next((filler for filler in FILLERS if f" {filler} " in response), "")
-    name, items = _LIST.search(response).groups() if _LIST.search(response) else ("", "")
+    listed = _LIST.search(response)
+    name, items = listed.groups() if listed else ("", "")
     refused = REFUSAL in response
     others = tuple(_ALTERNATIVE.findall(response)) if refused else ()
     answer = Answer(opener, filler, name, tuple(items.split(", ")) if items else (), refused, others)

@@ -5,8 +5,11 @@ A field `kl_coef: float = flag(0.05, "...")` becomes `--kl-coef`; with a prefix 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 from types import UnionType
 from typing import get_args, get_type_hints
 
@@ -47,3 +50,13 @@ def take_flags(group, given: dict, prefix: str = "", **defaults):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a {wanted} number")
         values[field.name] = value
     return group(**values)
+
+
+@contextlib.contextmanager
+def typed_names(flags, prefix: str) -> Iterator[None]:
+    """Puts the chain's prefix ("split-") before the names of these flags in the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        names = "|".join(sorted((field.name.replace("_", "-") for field in dataclasses.fields(flags)), key=len, reverse=True))
+        raise UsageError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error

@@ -16,7 +16,7 @@ training, row i of seed s is a function of (s, i), and its label is drawn apart 
 temperature or flip rate relabels the same texts.
 
 Some of a writer's mistakes show in the words alone (nonsense, rudeness, absurd deeds), others only beside the prompt (the wrong kind, a wrong
-property, a wrong person): a small reward model learns the first at once and the second slowly, if at all.
+property, a wrong person), which is harder for a reward model.
 
 The true reward is for measuring only. No stage of training calls `true_reward`; a test runs them all with it raising.
 The worlds' constants were chosen for language quality after SFT, labels and reward models; runs of DPO and PPO on earlier versions had been

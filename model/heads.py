@@ -64,18 +64,19 @@ class LanguageModel(nn.Module):
             return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
         if response_mask is None:
             return self.lm_head(hidden)
-        if layout is not None:
-            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-            hidden = hidden[rows, layout.previous.roll(-1, dims=1)]  # column t: the state that predicts token t+1
-        return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature)
+        return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature, previous=None if layout is None else layout.previous)
 
 
 def score_tokens(
-    hidden: Tensor, tokens: Tensor, response_mask: Tensor, lm_head: nn.Module, temperature: float, *, with_entropy: bool = False
-) -> TokenScores:
-    """Log-probability, and entropy where asked for, (B, T-1) of the masked tokens, from hidden states (B, T, D) and ids (B, T)."""
+    hidden: Tensor, tokens: Tensor, response_mask: Tensor, lm_head: nn.Module, temperature: float, *,
+    with_entropy: bool = False, previous: Tensor | None = None,
+) -> TokenScores:  # fmt: skip
+    """Log-probability, and entropy where asked for, (B, T-1) of the masked tokens, from hidden states (B, T, D) and ids (B, T).
+
+    previous (B, T): the column whose state predicts each token, where that is not the one before it."""
     mask = response_mask[:, 1:]
-    states, targets = hidden[:, :-1][mask], tokens[:, 1:][mask]
+    targets = tokens[:, 1:][mask]
+    states = hidden[:, :-1][mask] if previous is None else hidden[mask.nonzero()[:, 0], previous[:, 1:][mask]]
 
     def chunk_scores(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = lm_head(states)

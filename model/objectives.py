@@ -49,6 +49,7 @@ def preference_objective(
     """
 
     def loss(model: nn.Module, rows: Sequence[PairRow]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of some pairs: the summed loss, and the summed metrics."""
         chosen_logp, rejected_logp = pair_logps(model, rows, pad_id, device).unbind(dim=1)
         ref = torch.tensor([ref_logps[row.id] for row in rows], dtype=torch.float32, device=device)
         lengths = torch.tensor([[len(row.chosen.response), len(row.rejected.response)] for row in rows], device=device)

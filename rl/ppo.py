@@ -271,10 +271,7 @@ def train_ppo(
             seed=seed, step=iteration, sampling=sampling, micro_batch=flags.micro_batch, world=world,
         )  # fmt: skip
         numbers = summary(rollout, world)
-        if not all(map(math.isfinite, numbers.values())):
-            raise NumericalError(f"ppo, iteration {iteration}: {numbers} is not finite; the weights are as they were")
-        if iteration == 0 and same_start and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
-            raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
+        check_rollout(numbers, iteration, same_start and iteration == 0, world)
         warned = warned or warn_of_collapse(numbers, world)
         # 2. and 3. rewards and advantages
         batch = make_batch(rollout, kl_coef, flags, world)
@@ -302,6 +299,14 @@ def train_ppo(
                 best = checked
                 keep("")
     return best
+
+
+def check_rollout(numbers: dict[str, float], iteration: int, same_weights: bool, world: World) -> None:
+    """Raises NumericalError where a number is not finite, or where there is a KL between a policy and a reference of the same weights."""
+    if not all(map(math.isfinite, numbers.values())):
+        raise NumericalError(f"ppo, iteration {iteration}: {numbers} is not finite; the weights are as they were")
+    if same_weights and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
+        raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
 
 
 def warn_of_collapse(numbers: dict[str, float], world: World) -> bool:
