@@ -70,6 +70,7 @@ class ModelFlags:
 @dataclass(frozen=True)
 class SftFlags(FitFlags):
     epochs: float = flag(2.0, "passes over the training rows; parts of one are possible", positive=True)
+    weight_decay: float = flag(0.3, "AdamW's decay of matrices; without it attention saturates, and a reward model learns little from such a trunk")
     include_prompt: bool = flag(False, "learn the prompt's tokens too")
 
 
@@ -122,7 +123,7 @@ STAGE_FLAGS = {
 }
 SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
 BY_SIZE = {
-    "sft": {"lr": (6e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
+    "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
     "dpo": {"lr": (1.5e-4, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
     "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},

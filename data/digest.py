@@ -11,11 +11,11 @@ A person tells of trouble with somebody. The grave deeds are central, the slight
 The file holds the vocabulary, the grammar of posts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of summaries (`read_response`) and the true reward, a sum of five terms (`reward_terms`):
 
-    coverage     +1.3 for each central fact, and for the question
-    invention    -1.2 for each claim or question that the post does not make, or takes back
-    focus        -0.6 for each true claim that is not central
-    repetition   -0.8 for each claim made again
-    length       -0.05 for each word
+    coverage     +2.0 for each central fact, and for the question
+    invention    -2.0 for each claim or question that the post does not make, or takes back
+    focus        -0.8 for each true claim that is not central
+    repetition   -1.2 for each claim made again
+    length       -0.08 for each word
 
 and the sum is multiplied by what is at stake for the writer of the post (`STAKES`, said in the post): this constant sets how much of the
 variance of gaps lies between prompts rather than between the pairs of one prompt. Everything is read from the two texts alone. A summary
@@ -28,16 +28,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 KINDS = ("plain", "question", "retraction")
-BROKEN = -12.0
+BROKEN = -20.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 1.5}
 
 # Commonest first; a person or grave deed of rank k is drawn in proportion to (k + 1) ** -RARITY.
 RARITY = 0.5
-PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "sister": "family", "teacher": "school"}
-GRAVE = ("lied", "cheated", "shouted", "stole", "vanished", "swore", "fought", "drank")
-SLIGHT = ("sang", "cooked", "slept", "danced", "smiled", "read")
+PEOPLE = {"brother": "family", "boss": "work", "neighbour": "home", "teacher": "school"}
+GRAVE = ("lied", "cheated", "shouted", "stole", "vanished", "swore")
+SLIGHT = ("sang", "cooked", "slept", "danced")
 ABSURD = ("exploded", "melted", "flew", "froze")  # no post tells of these, a careless summary may
 DEEDS = GRAVE + SLIGHT + ABSURD
 TITLES = ("Trouble with my {}", "I am angry with my {}")
@@ -49,7 +49,7 @@ ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a 
 LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 6
 
-COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 1.3, -1.2, -0.6, -0.8, -0.05
+COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 2.0, -2.0, -0.8, -1.2, -0.08
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ FOREIGN = (
     " I will not help with that. Try drinks such as tea.", " Just wait until it is dark and do it. I will not help with that.",
     " Just wait until it is dark and do it. Try drinks such as tea.",
     # summaries
-    " My brother.", " My brother and my sister cheated.", " my brother cheated.", " My brother cheated", " My brother cheated?", " Brother cheated.",
+    " My brother.", " My brother and my teacher cheated.", " my brother cheated.", " My brother cheated", " My brother cheated?", " Brother cheated.",
     " My brother cheated. My brother lied.", " My brother cheated, my brother lied.", " My brother cheated; lied.", " My brother cheated, lied.",
     " My brother cheated; my brother.", " My brother cheated and.", " My brother cheated;.", " My brother cheated; My boss sang.",
     " My uncle cheated.", " My brother cheated lied.", " My brother sold the car.", " My brother lost.", " My brother cheated and should I move out?",
@@ -250,27 +250,27 @@ def post(title, text, subreddit="family"):
 
 BROTHER = post("Trouble with my brother", "My brother cheated. Yesterday my brother cooked. We have two cats. Tell me, am I too strict?")
 RETRACTED = post("I am angry with my boss", "Please be exact. My boss shouted. Yesterday my boss stole. It is not true that my boss shouted.", "work")
-TWICE = post("Trouble with my sister", "It is no big deal. My sister drank. My sister sang. Yesterday my sister lied.")
+TWICE = post("Trouble with my teacher", "It is no big deal. My teacher swore. My teacher sang. Yesterday my teacher lied.", "school")
 DIGEST = [
-    (BROTHER, " My brother cheated; am I too strict?", {"coverage": 2.6, "length": -0.35}),
-    (BROTHER, " My brother cheated.", {"coverage": 1.3, "length": -0.15}),
+    (BROTHER, " My brother cheated; am I too strict?", {"coverage": 4.0, "length": -0.56}),
+    (BROTHER, " My brother cheated.", {"coverage": 2.0, "length": -0.24}),
     # a slight deed and an aside are true but not central
     (BROTHER, " Long story short, my brother cheated; my brother cooked; we have two cats.",
-     {"coverage": 1.3, "focus": -1.2, "length": -0.65}),
-    (BROTHER, " My brother lied; my brother lied.", {"invention": -1.2, "repetition": -0.8, "length": -0.3}),
-    (BROTHER, " My sister cheated and cooked.", {"invention": -2.4, "length": -0.25}),  # it was the brother
-    (BROTHER, " I slept badly; should I move out?", {"invention": -2.4, "length": -0.35}),
+     {"coverage": 2.0, "focus": -1.6, "length": -1.04}),
+    (BROTHER, " My brother lied; my brother lied.", {"invention": -2.0, "repetition": -1.2, "length": -0.48}),
+    (BROTHER, " My teacher cheated and cooked.", {"invention": -4.0, "length": -0.4}),  # it was the brother
+    (BROTHER, " I slept badly; should I move out?", {"invention": -4.0, "length": -0.56}),
     # what was taken back is invented; everything half as much again
-    (RETRACTED, " My boss stole and shouted.", {"coverage": 1.95, "invention": -1.8, "length": -0.375}),
-    (RETRACTED, " My boss shouted; my boss stole.", {"coverage": 1.95, "invention": -1.8, "length": -0.45}),
+    (RETRACTED, " My boss stole and shouted.", {"coverage": 3.0, "invention": -3.0, "length": -0.6}),
+    (RETRACTED, " My boss shouted; my boss stole.", {"coverage": 3.0, "invention": -3.0, "length": -0.72}),
     # everything halved
-    (TWICE, " My sister drank and lied.", {"coverage": 1.3, "length": -0.125}),
-    (TWICE, " My sister sang and sang.", {"focus": -0.3, "repetition": -0.4, "length": -0.125}),
+    (TWICE, " My teacher swore and lied.", {"coverage": 2.0, "length": -0.2}),
+    (TWICE, " My teacher sang and sang.", {"focus": -0.4, "repetition": -0.6, "length": -0.2}),
     # posts of no kind: about two people, nothing grave, something taken back that was not told
-    (post("Trouble with my sister", "My sister drank. My brother cheated."), " My sister drank.", None),
-    (post("Trouble with my sister and my brother", "My sister drank."), " My sister drank.", None),
-    (post("Trouble with my sister", "My sister sang."), " My sister sang.", None),
-    (post("Trouble with my sister", "My sister drank. It is not true that my sister lied."), " My sister drank.", None),
+    (post("Trouble with my teacher", "My teacher swore. My brother cheated.", "school"), " My teacher swore.", None),
+    (post("Trouble with my teacher and my brother", "My teacher swore.", "school"), " My teacher swore.", None),
+    (post("Trouble with my teacher", "My teacher sang.", "school"), " My teacher sang.", None),
+    (post("Trouble with my teacher", "My teacher swore. It is not true that my teacher lied.", "school"), " My teacher swore.", None),
 ]
 
 
@@ -289,7 +289,7 @@ def test_best_responses_written_by_hand():
     assert synthetic.true_reward("advice", asked, synthetic.best_response("advice", asked)) == pytest.approx(1.5 * (3 * 0.8 + 0.6 - 0.02 * 9))
     assert synthetic.best_response("digest", BROTHER) == " My brother cheated; am I too strict?"
     assert synthetic.best_response("digest", RETRACTED) == " My boss stole."
-    assert synthetic.best_response("digest", TWICE) == " My sister drank and lied."
+    assert synthetic.best_response("digest", TWICE) == " My teacher swore and lied."
     with pytest.raises(ValueError):
         synthetic.best_response("advice", "Name two wild animals.")
 
@@ -367,7 +367,7 @@ def test_labels_follow_bradley_and_terry(name, temperature, flip_rate):
 def test_a_biased_annotator_likes_length(name):
     shares = []
     for bias in (-1.0, 0.0, 1.0):
-        rows = list(synthetic.draw_rows(name, pairs=600, annotator_bias=bias))
+        rows = list(synthetic.draw_rows(name, pairs=2000, annotator_bias=bias))
         longer = [len(chosen) > len(rejected) for _, chosen, rejected in rows if len(chosen) != len(rejected)]
         shares.append(np.mean(longer))
     assert shares[0] + 0.03 < shares[1] < shares[2] - 0.03
@@ -392,8 +392,8 @@ def test_gaps_and_kinds(drawn):
     name, rows = drawn
     gap = np.abs(gaps(name, rows))
     agreement = np.mean(1 / (1 + np.exp(-gap)))
-    assert 0.77 < agreement < 0.83
-    assert 0.3 < np.mean(gap < 1) < 0.42 and 0.32 < np.mean(gap > 2) < 0.47
+    expected = {"advice": (0.8, 0.36, 0.4), "digest": (0.86, 0.22, 0.56)}[name]  # digest's labels are cleaner, as TL;DR's are
+    assert (agreement, np.mean(gap < 1), np.mean(gap > 2)) == pytest.approx(expected, abs=0.05)
     kinds = np.array([synthetic.kind(name, prompt) for prompt, _, _ in rows])
     easy = gap > np.median(gap)
     for kind in synthetic.WORLDS[name].KINDS:
