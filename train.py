@@ -368,9 +368,10 @@ def ppo_stage(run: Run) -> None:
         return
     with run.stage("ppo") as (folder, metrics, results):
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
-        model = distribute(PolicyWithCritic(policy, critic), world)
+        scale = (described["score_mean"], described["score_std"])
+        model = distribute(PolicyWithCritic(policy, critic, *scale), world)
         ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
-        how = sampling(text, flags, described["score_mean"], described["score_std"])
+        how = sampling(text, flags, *scale)
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
 
         def validate() -> dict[str, float]:

@@ -122,12 +122,16 @@ class ScalarModel(nn.Module):
 
 
 class PolicyWithCritic(nn.Module):
-    """PPO's trainable whole: a language model and its critic, which is a value head on the same trunk or a scalar model of its own."""
+    """PPO's trainable whole: a language model and its critic, which is a value head on the same trunk or a scalar model of its own.
 
-    def __init__(self, policy: LanguageModel, critic: ScalarModel | None):
+    A critic that starts as the reward model speaks in raw log-odds, PPO's rewards in (raw - score_mean) / score_std; so do its values.
+    """
+
+    def __init__(self, policy: LanguageModel, critic: ScalarModel | None, score_mean: float = 0.0, score_std: float = 1.0):
         super().__init__()
         self.policy = policy
         self.critic = critic
+        self.score_mean, self.score_std = score_mean, score_std
         self.value_head = None
         if critic is None:
             self.value_head = nn.Linear(policy.config.width, 1, bias=False)
@@ -139,5 +143,8 @@ class PolicyWithCritic(nn.Module):
             return self.policy(tokens, cache=cache)
         hidden = self.policy.trunk(tokens)
         scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=True)
-        values = read_scalar(hidden, self.value_head) if self.critic is None else self.critic(tokens)
+        if self.critic is None:
+            values = read_scalar(hidden, self.value_head)
+        else:
+            values = (self.critic(tokens) - self.score_mean) / self.score_std
         return scores._replace(values=values)

@@ -293,6 +293,9 @@ def test_what_does_not_fit_together_is_refused(plain_run, tmp_path):
         compare_run(run, ALONE, EvalFlags(reward_model=str(other)))
     with pytest.raises(CheckpointError, match="language model where a reward model"):
         compare_run(run, ALONE, EvalFlags(reward_model=str(run / "sft")))
+    path = run / "tokenizer" / "tokenizer.model"
+    with pytest.raises(UsageError, match=r"a context of \d+ tokens is less than --max-prompt 4000"):
+        Text(Tokenizer(path), path, 4000, 48).load(run / "sft", LanguageModel)
     # a reference made anew after its model was trained, both in the recorded place and in the run
     manifest = read_json(run / "ppo" / "manifest.json")
     manifest["parents"]["ref"]["manifest"] = "0" * 64

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small import ALONE, CONFIG, CPU, PAD, loud, ragged_pairs, ragged_rows, reference_sums, task
+from small import ALONE, CONFIG, CPU, EOS, PAD, loud, ragged_pairs, ragged_rows, reference_sums, task
 
 from data.batches import CHOSEN, REJECTED, step_indices
 from data.errors import NumericalError
@@ -17,6 +17,7 @@ from data.run import Metrics
 from losses.dpo import dpo
 from model import fit as fit_module
 from model.fit import FitFlags, Objective, evaluate, fit, train_step
+from model.generate import generate
 from model.heads import LanguageModel
 from model.objectives import preference_objective, sft_objective
 from model.optim import clipped_step, lr_at, make_optimiser
@@ -375,3 +376,21 @@ def test_bf16_products_leave_weights_in_fp32_that_small_steps_still_move():
     run_fit(model, objective, rows, flags=replace(FLAGS, lr=1e-6, epochs=4, warmup=0), world=world)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert (model.trunk.norm.weight != before).float().mean() > 0.9
+
+
+def test_sft_learns_its_demonstrations_by_heart_and_where_they_end():
+    """Masks, shift, end token, cache: a mistake in any of them, and greedy decoding does not give the very rows back."""
+    rows = [row for row in ragged_rows(12) if row.response[-1] == EOS]
+    objective = sft_objective(PAD, CPU, include_prompt=False)
+    model = loud(LanguageModel)
+    run_fit(model, objective, rows, flags=replace(FLAGS, lr=1e-2, epochs=40, batch_size=9, validations=1))
+    found = generate(model, [row.prompt for row in rows], max_new_tokens=20, eos_id=EOS, pad_id=PAD)
+    assert found.ended.all()
+    assert [tuple(tokens[mask].tolist()) for tokens, mask in zip(found.tokens, found.response_mask, strict=True)] == [row.response for row in rows]
+
+
+def test_adam_is_the_one_that_optim_states():
+    model = loud(LanguageModel)
+    groups = make_optimiser(model, 1e-3, 0.3).param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.99), 1e-8)}
+    assert {(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {(True, 0.3), (False, 0.0)}

@@ -21,13 +21,13 @@ from rl.ppo import train_ppo
 NAN = float("nan")
 
 
-def train(model, ref, reward_model, flags, *, prompts=None, folder=None, objectives=None, same_start=True, **sampling):
+def train(model, ref, reward_model, flags, *, prompts=None, folder=None, objectives=None, same_start=True, world=ALONE, **sampling):
     """(best, kept, metric lines) of train_ppo; validation's objectives are given, or all 0."""
     kept, given = [], iter(objectives or [0.0] * 1000)
     path = folder / "metrics.jsonl" if folder else None
     best = train_ppo(
         model, ref, reward_model, prompts or prompts_of(12), flags, replace(SAMPLING, **sampling),
-        same_start=same_start, seed=0, world=ALONE, metrics=Metrics(path),
+        same_start=same_start, seed=0, world=world, metrics=Metrics(path),
         validate=lambda: {"objective": next(given)}, keep=lambda name: kept.append((name, weights(model))),
     )  # fmt: skip
     return best, kept, [json.loads(line) for line in path.read_text().splitlines()] if folder else []
@@ -184,6 +184,16 @@ def test_a_separate_critic_learns_and_the_reward_model_does_not(tmp_path):
     before, critic = weights(reward_model), weights(model.critic)
     train(model, ref, reward_model, FLAGS, folder=tmp_path)
     assert same_weights(reward_model, before) and not same_weights(model.critic, critic)
+
+
+def test_ppo_under_bf16_products_passes_its_own_checks(tmp_path):
+    """First ratio and first KL are held to wider bounds than in float32, and stay within them; weights stay float32."""
+    model, ref = with_values(loud(LanguageModel, CONFIG)), loud(LanguageModel, CONFIG)
+    world = replace(ALONE, dtype=torch.bfloat16)
+    _, _, lines = train(model, ref, loud(ScalarModel, CONFIG, 2), FLAGS, folder=tmp_path, world=world)
+    rounds = [line for line in lines if "score" in line]
+    assert rounds and all(abs(math.log(line["first_ratio"])) < 0.1 for line in rounds)
+    assert abs(rounds[0]["kl_ref_tok"]) < 2e-2 and all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_a_kl_cost_holds_the_policy_back():

@@ -170,9 +170,10 @@ def test_raw_scores_are_those_of_each_text_alone():
 def test_a_critic_from_the_reward_model_starts_with_its_scores():
     policy, ref, reward_model = models()
     critic = loud(ScalarModel, CONFIG, 2)
-    rollout = rollout_of(PolicyWithCritic(policy.policy, critic), ref, reward_model, prompts_of(12))
+    rollout = rollout_of(PolicyWithCritic(policy.policy, critic, score_mean=0.25, score_std=2.0), ref, reward_model, prompts_of(12))
     last = [int(row.nonzero().max()) for row in rollout.response_mask]
-    assert rollout.values[range(12), last].tolist() == pytest.approx(rollout.raw_scores.tolist(), abs=1e-6)
+    expected = [(raw - 0.25) / 2.0 for raw in rollout.raw_scores.tolist()]  # the rewards' unit, before any end penalty
+    assert rollout.values[range(12), last].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 # ---- whose randomness it is
