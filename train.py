@@ -70,14 +70,14 @@ class ModelFlags:
 @dataclass(frozen=True)
 class SftFlags(FitFlags):
     epochs: float = flag(2.0, "passes over the training rows; parts of one are possible", positive=True)
-    weight_decay: float = flag(0.3, "AdamW's decay of matrices; without it attention saturates, and a reward model learns little from such a trunk")
+    weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices; without it attention saturates, and a reward model learns little from such a trunk")
     include_prompt: bool = flag(False, "learn the prompt's tokens too")
 
 
 @dataclass(frozen=True)
 class RmFlags(FitFlags):
     epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
-    weight_decay: float = flag(0.3, "AdamW's decay of matrices")
+    weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     patience: int = flag(4, "stop after so many validations without a better one", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
@@ -125,7 +125,7 @@ SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits
 BY_SIZE = {
     "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
-    "dpo": {"lr": (1.5e-4, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
+    "dpo": {"lr": (7e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
     "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
 }
 QUICK = {

@@ -28,7 +28,7 @@ class FitFlags:
     batch_size: int | None = flag(None, "rows per optimiser step, over all processes (default: by stage and model size)", positive=True)
     micro_batch: int = flag(8, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, "AdamW's decay of matrices")
+    weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(4, "how often the validation rows are looked at", positive=True)
     patience: int = flag(2, "stop after so many validations without a better one", positive=True)

@@ -10,12 +10,13 @@ from model.parallel import whole
 
 
 def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.99), eps 1e-8, decay on matrices alone; one fused kernel per step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """AdamW with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside the layers decay: small embeddings and
+    output rows would leave some probability to every token of the vocabulary."""
+    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays[parameter.dim() >= 2 and ".layers." in f".{name}"].append(parameter)
+    groups = [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.99), fused=True)
 
 

@@ -60,7 +60,7 @@ class PpoFlags:
     bootstrap: bool = flag(False, "a response cut at the length limit keeps the value of going on")
     target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
     warmup: float = flag(0.05, "share of the rounds in which the learning rate rises")
-    weight_decay: float = flag(0.0, "AdamW's decay of matrices")
+    weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(6, "how often the validation prompts are answered", positive=True)
     snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-ROUND, for eval.py to look at")

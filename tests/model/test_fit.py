@@ -348,12 +348,14 @@ def test_the_schedule_reaches_every_group_of_parameters(tmp_path, monkeypatch):
     assert [group["lr"] for group in made[0].param_groups] == [trace[-1]] * 2
 
 
-def test_only_matrices_decay():
-    model = loud(LanguageModel, replace(CONFIG, tied=True))
-    matrices, vectors = make_optimiser(model, 1e-3, 0.3).param_groups
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
-    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in vectors["params"]} == {1}
-    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+@pytest.mark.parametrize("tied", [False, True])
+def test_adam_is_the_one_that_optim_states_and_only_the_layers_matrices_decay(tied):
+    model = loud(LanguageModel, replace(CONFIG, tied=tied))
+    groups = make_optimiser(model, 1e-3, 0.3).param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.99), 1e-8)}
+    inside = {id(p) for p in model.trunk.layers.parameters()}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {id(p): 0.3 if p.dim() > 1 and id(p) in inside else 0.0 for p in model.parameters()}
 
 
 def test_the_whole_gradient_is_clipped_and_its_norm_before_that_returned():
@@ -387,10 +389,3 @@ def test_sft_learns_its_demonstrations_by_heart_and_where_they_end():
     found = generate(model, [row.prompt for row in rows], max_new_tokens=20, eos_id=EOS, pad_id=PAD)
     assert found.ended.all()
     assert [tuple(tokens[mask].tolist()) for tokens, mask in zip(found.tokens, found.response_mask, strict=True)] == [row.response for row in rows]
-
-
-def test_adam_is_the_one_that_optim_states():
-    model = loud(LanguageModel)
-    groups = make_optimiser(model, 1e-3, 0.3).param_groups
-    assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.99), 1e-8)}
-    assert {(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {(True, 0.3), (False, 0.0)}
