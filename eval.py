@@ -34,17 +34,17 @@ from tqdm import tqdm
 from data.batches import Row, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import ASSISTANT, HUMAN, Pair
-from data.files import atomic_write, read_json, write_json
+from data.files import atomic_write, read_json, weight_files, write_json
 from data.flags import add_flags, flag, take_flags
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, report_text, share, wins
 from data.run import MANIFEST, open_stage, parent_key
 from data.synthetic import WORLDS, best_response, kind, true_reward, well_formed
 from data.tokenizer import Tokenizer
-from model.checkpoint import CONFIG, WEIGHTS
+from model.checkpoint import CONFIG
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
-from model.parallel import DeviceFlags, World, start, stop
+from model.parallel import DeviceFlags, World, fill, start, stop
 from model.score import reward_scores, sequence_kls
 from model.stage import Text
 
@@ -109,7 +109,7 @@ class Setting:
 
     def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
         """A model ready to answer or to judge; raises CheckpointError or UsageError where it does not fit the run."""
-        return self.text.load(folder, architecture).to(self.world.device).requires_grad_(False).eval()
+        return fill(self.text.load(folder, architecture), self.world.device).requires_grad_(False).eval()
 
     def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
         """Given texts as answers."""
@@ -231,9 +231,9 @@ def model_names(folder: Path, asked: str | None) -> list[str]:
         stage = pattern.split("/")[0]
         if stage in STAGES:
             open_stage(folder / stage, f"python train.py --stage {stage} --out {folder}", (stage,))
-        found = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"{pattern}/{WEIGHTS}") if stage in STAGES)
+        found = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"{pattern}/{CONFIG}") if stage in STAGES)
         if not found:
-            there = sorted(str(path.parent.relative_to(folder)) for stage in STAGES for path in folder.glob(f"{stage}/**/{WEIGHTS}"))
+            there = sorted(str(path.parent.relative_to(folder)) for stage in STAGES for path in folder.glob(f"{stage}/**/{CONFIG}"))
             raise UsageError(f"--models {asked}: no model {pattern!r} in {folder}; there are {', '.join(there) or 'none'}")
         names += found
     open_stage(folder / "sft", f"python train.py --stage sft --out {folder}", ("sft",))  # all are compared with it
@@ -259,7 +259,7 @@ def reference_folder(folder: Path, name: str) -> Path | None:
         return None
     path = Path(recorded["path"])
     for place in (path, folder / path.name):  # the run may have been moved
-        if (place / WEIGHTS).exists() and parent_key(place) | {"path": recorded["path"]} == recorded:
+        if weight_files(place) and parent_key(place) | {"path": recorded["path"]} == recorded:
             return place.resolve()
     raise CheckpointError(f"{path}: the reference of {folder / stage} is gone or was made anew; put it back, or make {stage} again")
 

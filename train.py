@@ -31,7 +31,7 @@ import torch
 from data.batches import PairRow, encode_prompt, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import read_prompts
-from data.files import atomic_write, digest, read_json
+from data.files import atomic_write, digest, read_json, weights_digest
 from data.flags import add_flags, flag, take_flags, typed_names
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
@@ -294,7 +294,7 @@ def dpo_stage(run: Run) -> None:
         validation = encoded(run, text, "validation")
         both = train + validation
         key = {
-            "weights": digest(ref_path / "model.safetensors"),
+            "weights": weights_digest(ref_path),
             "tokenizer": text.tokenizer.digest,
             "max_prompt": text.max_prompt,
             "max_response": text.max_response,
@@ -305,7 +305,7 @@ def dpo_stage(run: Run) -> None:
             lambda: reference_logps(ref, both, pad_id, world), world.is_main,
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
-        same_start = digest(init / "model.safetensors") == key["weights"]
+        same_start = weights_digest(init) == key["weights"]
         model = distribute(model, world)
         prompts, seed = validation_prompts(run, text, 64), stable_hash(run.flags.seed, "dpo", "watch")
 
@@ -360,7 +360,7 @@ def ppo_stage(run: Run) -> None:
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
     flags = for_size("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
-    same_start = digest(init / "model.safetensors") == digest(ref_path / "model.safetensors")
+    same_start = weights_digest(init) == weights_digest(ref_path)
     parents = {"init": init, "ref": ref_path, "rm": rm_path}
     if not flags.prompts and flags.part != "all":
         parents["split"] = run.folder / "split"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a model's folder: one file, or a list of several
+
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes `content` to `path` (folders are made); raises ResourceError where the disk refuses, and leaves no partial file."""
@@ -52,3 +54,23 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold a model's weights: one, or those that its index lists; none where there is neither."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
+    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).exists():
+            raise CheckpointError(f"{folder / INDEX}: lists {name!r}, which is no safetensors file of this folder; fetch the whole folder again")
+    return [folder / name for name in names]
+
+
+def weights_digest(folder: Path) -> str:
+    """What identifies a model's weights: SHA-256 of its file, or of the names and digests of its several files."""
+    files = weight_files(folder)
+    if len(files) == 1:
+        return digest(files[0])
+    return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()

@@ -12,7 +12,7 @@ import platform
 from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError, UsageError
-from data.files import digest, read_json, write_json
+from data.files import digest, read_json, weight_files, weights_digest, write_json
 
 MANIFEST = "manifest.json"  # the last file of a stage's folder
 FLAGS = "flags.json"  # its first: flags and parents, which are its key
@@ -53,9 +53,10 @@ def identity(entry):
 def parent_key(folder: Path) -> dict[str, str]:
     """What identifies a parent: the digest of its manifest, or of its weights where it comes from elsewhere; and its path, to be shown.
     Raises CheckpointError where there is neither."""
-    for what, name in (("manifest", MANIFEST), ("weights", "model.safetensors")):
-        if (Path(folder) / name).exists():
-            return {"path": str(folder), what: digest(Path(folder) / name)}
+    if (Path(folder) / MANIFEST).exists():
+        return {"path": str(folder), "manifest": digest(Path(folder) / MANIFEST)}
+    if weight_files(folder):
+        return {"path": str(folder), "weights": weights_digest(folder)}
     raise CheckpointError(f"{folder}: holds neither a finished stage nor model.safetensors")
 
 

@@ -81,6 +81,16 @@ def _refuse_surrogates(text: str) -> None:
         ) from error
 
 
+def tokenizer_file(folder: Path) -> Path:
+    """The tokenizer.model of a model's folder; raises CheckpointError, with the reason, where it has none."""
+    path = Path(folder) / "tokenizer.model"
+    if not path.exists():
+        others = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (path.parent / name).exists()]
+        hint = f"; {', '.join(others)} there hold a tokenizer of another kind, of which this program has no reader" if others else ""
+        raise CheckpointError(f"{path}: missing; only sentencepiece tokenizers are supported{hint}: start from a model that comes with one")
+    return path
+
+
 class Tokenizer:
     """A tokenizer file in use.
 

@@ -88,13 +88,35 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@torch.no_grad()
+def fill(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, with values for all parameters that have none yet (meta): one after the other each is read from disk by
+    the `read` that `open_model` left on its part, cut to this process's share where it is sharded, and cast. So memory holds the
+    parameters and one tensor more. Tied ones stay one."""
+    for part in [module for module in model.modules() if hasattr(module, "read")]:
+        placed = {}
+        for name, empty in list(part.named_parameters(remove_duplicate=False)):
+            if id(empty) not in placed:
+                values = part.read(name)
+                if hasattr(empty, "placements"):
+                    from torch.distributed.tensor import distribute_tensor  # here, as below
+
+                    values = distribute_tensor(values, empty.device_mesh, empty.placements, src_data_rank=None)
+                values = values.to(device, empty.dtype, copy=True, memory_format=torch.contiguous_format)
+                placed[id(empty)] = empty, nn.Parameter(values, requires_grad=empty.requires_grad)
+            owner, _, leaf = name.rpartition(".")
+            setattr(part.get_submodule(owner), leaf, placed[id(empty)][1])
+        del part.read  # and with it the mapped files
+    return model.to(device)
+
+
 def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Module:
     """The model on this process's device, under DDP or FSDP2 where torchrun started us. A frozen one takes no gradients."""
-    model = model.to(world.device).requires_grad_(not frozen)
+    model.requires_grad_(not frozen)
     if not dist.is_initialized() or (frozen and world.parallel == "ddp"):
-        return model
+        return fill(model, world.device)
     if world.parallel == "ddp":
-        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        return DistributedDataParallel(fill(model, world.device), device_ids=[world.device] if world.device.type == "cuda" else None)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since it takes a second that most runs need not spend
 
     precision = MixedPrecisionPolicy(param_dtype=world.dtype if world.dtype != torch.float32 else None)
@@ -102,7 +124,7 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
         fully_shard(layer, mp_policy=precision)
     # By default the outermost part stays gathered after a forward without backward (validation, sampling), and `parameters()` would then
     # show copies that no optimiser should be given.
-    return fully_shard(model, mp_policy=precision, reshard_after_forward=True)
+    return fill(fully_shard(model, mp_policy=precision, reshard_after_forward=True), world.device)
 
 
 def bare(model: nn.Module) -> nn.Module:

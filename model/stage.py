@@ -20,8 +20,8 @@ from data.files import atomic_write, digest
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
 from data.run import FLAGS, MANIFEST, Metrics, begin_stage, finish_stage, open_stage
-from data.tokenizer import Tokenizer
-from model.checkpoint import load_model, save_model
+from data.tokenizer import Tokenizer, tokenizer_file
+from model.checkpoint import open_model, save_model
 from model.parallel import World
 
 
@@ -115,11 +115,13 @@ class Text:
             atomic_write(folder / "tokenizer.model", self.path.read_bytes())
 
     def load(self, folder: Path, kind, **options):
-        """A model from a folder; raises CheckpointError where it was made with another tokenizer."""
-        theirs = Path(folder) / "tokenizer.model"
-        if theirs.exists() and digest(theirs) != self.tokenizer.digest:
+        """A model from a folder, opened but not read (`distribute` does that); raises CheckpointError where its tokenizer is another."""
+        theirs = tokenizer_file(folder)
+        if digest(theirs) != self.tokenizer.digest:
             raise CheckpointError(f"{theirs}: is not the tokenizer of this run, {self.path}; ids would mean other words")
-        model = load_model(folder, kind, **options)
+        model = open_model(folder, kind, **options)
+        if model.config.vocab_size < self.tokenizer.vocab_size:
+            raise CheckpointError(f"{folder}: vocab_size {model.config.vocab_size} is less than the {self.tokenizer.vocab_size} pieces of {theirs}")
         if model.config.context < self.max_prompt + self.max_response:
             raise UsageError(
                 f"{folder}: a context of {model.config.context} tokens is less than --max-prompt {self.max_prompt} + --max-response"

@@ -8,6 +8,7 @@ feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits th
 Letters: B rows, T length, D width, L layers, H query heads, K key-value heads, E head size, F feed-forward width, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,21 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import UsageError
 from model.cache import Cache
 from model.packing import Packing
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a published model stretched its rotary positions to a longer context; the two ways that do not depend on a text's length.
+
+    linear: every frequency is divided by `factor`. llama3 (Llama 3.1): wavelengths above original_context / low are divided, those below
+    original_context / high are left, those between are blended.
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class ModelConfig:
     feed_forward: int = 352
     context: int = 512
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
     tied: bool = False
 
@@ -60,7 +77,15 @@ SIZES = {
 def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (*positions.shape, E) of the rotary embedding [Su et al. 2021, eq. 15], in Hugging Face's half-split order."""
     exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
-    angles = positions.float()[..., None] * config.rope_base**-exponents
+    frequencies, scaling = config.rope_base**-exponents, config.rope_scaling
+    if scaling is not None:
+        slow = frequencies / scaling.factor
+        if scaling.kind == "llama3":
+            turns = scaling.original_context * frequencies / (2 * math.pi)  # within the context that the model was first trained on
+            kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+            slow = kept * frequencies + (1 - kept) * slow
+        frequencies = slow
+    angles = positions.float()[..., None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

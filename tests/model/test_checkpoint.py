@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from small import CONFIG, SPECIAL, loud, ragged_rows
 
 from data.errors import CheckpointError
+from data.files import digest, weights_digest
 from model.checkpoint import load_model, save_model
 from model.heads import LanguageModel, ScalarModel
 from model.score import to_tensors
@@ -164,18 +165,86 @@ def test_another_vocabulary_or_size_in_the_config_is_a_mismatch(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "qwen2"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 500_000.0}),
+        ("mlp_bias", True),
+        ("attention_dropout", 0.1),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("auto_map", {"AutoModelForCausalLM": "modeling.Model"}),
+        ("rope_theta", 77.0),  # and another one inside rope_parameters
+        ("num_attention_heads", 5),
         ("head_dim", 16),
     ],
 )
 def test_a_field_that_would_change_the_result_is_named(field, value, tmp_path):
     stored(tmp_path)
     edit_config(tmp_path, **{field: value})
-    assert field in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert field in message or (field == "num_attention_heads" and "5 heads" in message)
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "nonsense"])
+def test_a_rotary_scaling_that_changes_with_the_length_is_refused(field, spelling, kind, tmp_path):
+    stored(tmp_path)
+    edit_config(tmp_path, **{field: {spelling: kind, "factor": 2.0}})
+    assert f"rope_type = '{kind}' is not supported" in refusal(tmp_path)
+
+
+def test_a_rotary_scaling_without_its_numbers_is_refused(tmp_path):
+    stored(tmp_path)
+    edit_config(tmp_path, rope_scaling={"type": "linear"})
+    assert "'linear' lacks 'factor'" in refusal(tmp_path)
+    edit_config(tmp_path, rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    assert "'llama3' lacks 'low_freq_factor'" in refusal(tmp_path)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    stored(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    assert "model.norm.weight holds I8" in refusal(tmp_path)
+
+
+def test_a_tied_output_that_is_another_matrix_is_refused(tmp_path):
+    stored(tmp_path, config=replace(CONFIG, tied=True))
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    load_model(tmp_path, LanguageModel)  # a copy is no harm
+    edit_tensors(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path)
+
+
+# ---- several files
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, ScalarModel])
+def test_weights_in_several_files_are_the_same_weights(kind, tmp_path, monkeypatch):
+    whole = stored(tmp_path / "one", kind)
+    assert weights_digest(tmp_path / "one") == digest(tmp_path / "one" / "model.safetensors")
+    monkeypatch.setattr("model.checkpoint.SHARD", 20_000)  # bytes; the feed-forward's two inputs alone have 10,240
+    stored(tmp_path / "many", kind)
+    names = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert 2 < len(names) < 9 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    again = load_model(tmp_path / "many", kind)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    listing = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(listing["weight_map"]) == set(load_file(tmp_path / "one" / "model.safetensors"))
+    before = weights_digest(tmp_path / "many")
+    edit_shard = tmp_path / "many" / names[1]
+    save_file({name: value + 1 for name, value in load_file(edit_shard).items()}, edit_shard)
+    assert weights_digest(tmp_path / "many") != before
+    edit_shard.unlink()
+    assert f"lists '{names[1]}'" in refusal(tmp_path / "many", kind)
+
+
+def test_an_index_cannot_point_outside_its_folder(tmp_path):
+    stored(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "two" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../one/model.safetensors"}}')
+    assert "no safetensors file of this folder" in refusal(tmp_path / "two")
 
 
 def test_a_missing_field_and_a_damaged_config_are_named(tmp_path):
