@@ -37,7 +37,7 @@ from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 from eval import EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, Pairs, loss_flags
 from model.checkpoint import count_parameters
@@ -58,13 +58,13 @@ CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 @dataclass(frozen=True)
 class TokenizerFlags:
     vocab_size: int | None = flag(None, "pieces of the tokenizer (default: the first of 1024, 768, 512 and 384 that the texts can fill)", positive=True)
-    file: str | None = flag(None, "use this sentencepiece model; nothing is trained")
+    file: str | None = flag(None, "use this sentencepiece model, nothing is trained (default: that of --init, in a chain that has it)")
 
 
 @dataclass(frozen=True)
 class ModelFlags:
     size: str = flag("tiny", "of a model from scratch", choices=tuple(SIZES))
-    init: str | None = flag(None, "folder of a model to start from, in place of one from scratch")
+    init: str | None = flag(None, "folder of a model to start from, ours or a published LLaMA, in place of one from scratch")
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,12 @@ def for_size(stage: str, flags, parameters: int):
 
 def tokenizer_stage(run: Run) -> None:
     """Trains a tokenizer on the training part, or takes the given one."""
-    flags = run.take("tokenizer", TokenizerFlags)
+    flags, init = run.take("tokenizer", TokenizerFlags), take_flags(ModelFlags, run.given).init
+    if init and not flags.file:  # a chain from a model starts from its tokenizer
+        flags = dataclasses.replace(flags, file=str(tokenizer_file(init)))
     if flags.file:
+        if flags.vocab_size:
+            raise UsageError(f"--vocab-size {flags.vocab_size}: {flags.file} has its own; leave the flag out")
         Tokenizer(Path(flags.file))  # one that cannot be used stops the run before anything is written
     if not run.begins("tokenizer", as_flags(flags), {"data": run.folder / "data"}):
         return
@@ -173,6 +177,8 @@ def sft_stage(run: Run) -> None:
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
     tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
+        if "size" in run.given:
+            raise UsageError(f"--size {model_flags.size}: the model of --init has its own; leave one of the two out")
         parents["init"] = run.parent("sft", model_flags.init)
         model = text.load(parents["init"], LanguageModel)
     else:

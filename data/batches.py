@@ -54,7 +54,7 @@ def encode_prompt(prompt: str, style: str, tokenizer: Tokenizer, max_prompt: int
 
 def encode_response(response: str, tokenizer: Tokenizer, max_response: int) -> tuple[tuple[int, ...], bool]:
     """The response's ids with EOS, or its first max_response ids without one; and whether it was cut."""
-    ids = (*tokenizer.encode(response), tokenizer.eos_id)
+    ids = (*tokenizer.encode_response(response), tokenizer.eos_id)
     return ids[:max_response], len(ids) > max_response
 
 

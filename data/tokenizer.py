@@ -4,8 +4,13 @@ A sentencepiece BPE model in LLaMA's style: identity normaliser, no dummy prefix
 byte pieces for whatever the training texts did not contain. So `decode(encode(text)) == text` for any text, and text that looks like a
 control token ("</s>", "<0x0A>") is ordinary text: only the code that builds sequences can place a control id.
 
-Prompt and response are encoded separately and joined; `encode` adds neither BOS nor EOS. The four control ids of a tokenizer trained
-here are unk 0, bos 1, eos 2, pad 3. A `tokenizer.model` from elsewhere (LLaMA's) is read as well, if it is lossless.
+Prompt and response are encoded separately and joined, the same way in every stage; BOS and EOS are added elsewhere. The four control
+ids of a tokenizer trained here are unk 0, bos 1, eos 2, pad 3.
+
+A `tokenizer.model` from elsewhere (LLaMA's) is read as well, if it is lossless. Many such files put a space before a text: then a prompt
+that does not begin with one gets it, and a response never does, for it goes on where the prompt ended. These are the ids of transformers'
+LlamaTokenizer (version 5, split_special_tokens=True) for the prompt, and for the text of prompt and response together wherever no piece
+would reach across the boundary. One exception: the character U+2581, which is a space there and stays itself here.
 """
 
 import hashlib
@@ -95,7 +100,7 @@ class Tokenizer:
     """A tokenizer file in use.
 
     bos_id, eos_id, pad_id: int. Where a file has no pad piece (LLaMA's), pad_id is its unk id, which no text is ever encoded to.
-    vocab_size: int, the number of pieces. digest: SHA-256 of the file, in hexadecimal.
+    vocab_size: int, the number of pieces. adds_space: whether a prompt that begins with no space gets one. digest: SHA-256 of the file, in hexadecimal.
     """
 
     def __init__(self, path: Path):
@@ -116,21 +121,34 @@ class Tokenizer:
         # LLaMA's file puts a space before every text that it encodes and takes one away when decoding. Both happen once, at the very
         # start, so everything here is encoded and decoded behind an anchor that is cut off again, and texts can be joined.
         self._anchor = self._model.encode(ANCHOR)
+        self.adds_space = self._model.id_to_piece(self._anchor[0]).startswith(LOWER_BLOCK)
         self._skipped = {token for token in range(self.vocab_size) if self._model.is_control(token) or self._model.is_unknown(token)}
         self._lower_block = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in LOWER_BLOCK.encode()]
-        if self.decode(self.encode(PROBE)) != PROBE:
+        if self.decode(self.encode_response(PROBE)) != PROBE:
             raise CheckpointError(
                 f"{path}: this tokenizer changes or loses characters (it normalises, or has no byte pieces); "
                 "train one with --stage tokenizer"
             )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; raises DataError for a lone surrogate."""
+        """The ids of a text that begins a sequence (a prompt), without BOS; raises DataError for a lone surrogate."""
+        return self.encode_response(f" {text}" if self.adds_space and text and not text.startswith(" ") else text)
+
+    def encode_response(self, text: str) -> list[int]:
+        """The ids of a text that goes on where another ended, without EOS; raises DataError for a lone surrogate."""
         _refuse_surrogates(text)
         first, *others = [self._model.encode(ANCHOR + part)[len(self._anchor) :] for part in text.split(LOWER_BLOCK)]
         return first + [token for part in others for token in self._lower_block + part]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of `tokens`; control and unknown ids are skipped, bytes that are not UTF-8 become U+FFFD."""
-        kept = [token for token in tokens if token not in self._skipped]
+        """The text that the ids spell, with the space before a prompt where `encode` added one; control and unknown ids are skipped, as
+        are ids beyond the tokenizer (a model's matrix may have spare rows), and bytes that are not UTF-8 become U+FFFD."""
+        kept = [token for token in tokens if token not in self._skipped and token < self.vocab_size]
         return self._model.decode(self._anchor + kept)[len(ANCHOR) :]
+
+    def transformers_config(self) -> dict:
+        """tokenizer_config.json, with which transformers' AutoTokenizer gives the same ids on this tokenizer.model."""
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._model.unk_id(), "pad_token": self.pad_id}
+        pieces = {name: self._model.id_to_piece(token) for name, token in names.items()}
+        fixed = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "split_special_tokens": True, "add_bos_token": True}
+        return fixed | {"add_prefix_space": self.adds_space} | pieces

@@ -16,7 +16,7 @@ from torch import nn
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
 from data.errors import CheckpointError, DataError, Stop, UsageError
-from data.files import atomic_write, digest
+from data.files import atomic_write, digest, write_json
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
 from data.run import FLAGS, MANIFEST, Metrics, begin_stage, finish_stage, open_stage
@@ -113,6 +113,7 @@ class Text:
         save_model(model, folder, special_ids=ids, is_main=world.is_main, **extra)
         if world.is_main:
             atomic_write(folder / "tokenizer.model", self.path.read_bytes())
+            write_json(folder / "tokenizer_config.json", self.tokenizer.transformers_config())
 
     def load(self, folder: Path, kind, **options):
         """A model from a folder, opened but not read (`distribute` does that); raises CheckpointError where its tokenizer is another."""
