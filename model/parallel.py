@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UsageError
 from data.flags import flag
-from model.transformer import Layer
+from model.transformer import Layer, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,6 +28,7 @@ class DeviceFlags:
     device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
+    checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again: a third slower, far smaller")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class World:
     device: torch.device
     dtype: torch.dtype
     parallel: str
+    checkpoint_activations: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +81,7 @@ def start(flags: DeviceFlags) -> World:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel)
+    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations)
 
 
 def stop() -> None:
@@ -111,20 +113,39 @@ def fill(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Module:
-    """The model on this process's device, under DDP or FSDP2 where torchrun started us. A frozen one takes no gradients."""
+    """The model on this process's device, under DDP or FSDP2 where torchrun started us. A frozen one takes no gradients, and where products
+    run in bf16 holds what they read in bf16: the same numbers in half the memory."""
     model.requires_grad_(not frozen)
-    if not dist.is_initialized() or (frozen and world.parallel == "ddp"):
-        return fill(model, world.device)
-    if world.parallel == "ddp":
-        return DistributedDataParallel(fill(model, world.device), device_ids=[world.device] if world.device.type == "cuda" else None)
+    half, sharded = world.dtype == torch.bfloat16, dist.is_initialized() and world.parallel == "fsdp"
+    for trunk in [module for module in model.modules() if isinstance(module, Transformer)]:
+        trunk.checkpoint_activations = world.checkpoint_activations and not frozen
+    if frozen and half:
+        hold_in_bf16(model, everything=sharded)
+    if not sharded:
+        model = fill(model, world.device)
+        if frozen or not dist.is_initialized():
+            return model
+        devices = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)  # without a second copy of the gradients
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since it takes a second that most runs need not spend
 
-    precision = MixedPrecisionPolicy(param_dtype=world.dtype if world.dtype != torch.float32 else None)
+    precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     for layer in [module for module in model.modules() if isinstance(module, Layer)]:
         fully_shard(layer, mp_policy=precision)
     # By default the outermost part stays gathered after a forward without backward (validation, sampling), and `parameters()` would then
     # show copies that no optimiser should be given.
     return fill(fully_shard(model, mp_policy=precision, reshard_after_forward=True), world.device)
+
+
+def hold_in_bf16(model: nn.Module, everything: bool) -> None:
+    """Casts a model that will not be trained: everything, as FSDP2 computes with bf16 parameters alone; else the matrices of products, as
+    autocast would at each use. What autocast leaves in fp32 stays: norms, embeddings (a tied output with them), and heads of one number."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        product = isinstance(module, nn.Linear) and module.out_features > 1 and id(module.weight) not in embeddings
+        if everything or product:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16()
 
 
 def bare(model: nn.Module) -> nn.Module:

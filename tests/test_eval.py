@@ -239,6 +239,7 @@ def test_snapshots_are_compared_like_models(plain_run, tmp_path):
     for step, seed in (("00002", 1), ("00001", 3)):
         shutil.copytree(run / {1: "sft", 3: "dpo"}[seed], run / "ppo" / f"snapshot-{step}", ignore=shutil.ignore_patterns("manifest.json"))
     save_model(tiny(4), run / "ppo", special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True)
+    shutil.copy(run / "tokenizer" / "tokenizer.model", run / "ppo")
     finish_stage(run / "ppo", "ppo", {})
     compare_run(run, ALONE, EvalFlags(models="ppo/snapshot-*,ppo"))
     rows = read_json(run / "eval" / "report.json")["rows"]
