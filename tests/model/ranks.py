@@ -20,7 +20,7 @@ from data.files import write_json
 from data.run import Metrics
 from losses.dpo import dpo
 from model import heads
-from model.checkpoint import save_model
+from model.checkpoint import open_model, save_model
 from model.fit import FitFlags, evaluate, fit
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
@@ -144,11 +144,33 @@ def in_bf16(world):
     return {"logp": str(logp.dtype), "weights": types, "loss": best["loss"]}
 
 
+def imported(world, folder):
+    """A model read from disk to where it is to live, with activations computed again: scores, gradients, and the share of each process;
+    then the same weights frozen, with bf16 products."""
+    if world.is_main:
+        save_model(loud(LanguageModel, dataclasses.replace(CONFIG, tied=True)), folder / "stored", special_ids=SPECIAL, is_main=True)
+    world.barrier()
+    model = distribute(open_model(folder / "stored", LanguageModel), dataclasses.replace(world, checkpoint_activations=True)).train()
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+    tokens, mask = to_tensors(ragged_rows(5), PAD, world.device)
+    model(tokens, mask).logp.sum().backward()
+    gradients = {name: whole(p.grad).flatten()[:5].tolist() for name, p in bare(model).named_parameters()}
+    half = dataclasses.replace(world, dtype=torch.bfloat16)
+    frozen = distribute(open_model(folder / "stored", LanguageModel), half, frozen=True)
+    with torch.no_grad(), half.autocast():
+        in_bf16 = frozen(tokens, mask).logp.tolist()
+    with torch.no_grad():
+        logp = model(tokens, mask).logp.tolist()
+    names = sorted(bare(model).state_dict())
+    types = sorted({str(p.dtype) for p in frozen.parameters()})
+    return {"local": local, "logp": logp, "gradients": gradients, "in_bf16": in_bf16, "names": names, "types": types}
+
+
 def everything(world, folder):
     """All of the above under one world; the results as one JSON file in `folder`."""
     results = {name: train(world, folder / name, name) for name in ("sft", "rm", "dpo")}
     results |= {"score": score(world), "sample": sample(world), "nan": stop_on_nan(world), "chunked": chunked(world)}
-    results["bf16"] = in_bf16(world)
+    results |= {"bf16": in_bf16(world), "imported": imported(world, folder)}
     if world.is_main:
         write_json(folder / "results.json", results)
 

@@ -123,6 +123,21 @@ def test_logits_in_pieces_and_bf16(mode, folder):
     assert found["bf16"]["loss"] == pytest.approx(expected["bf16"]["loss"], abs=2e-2)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_from_disk_is_whole_and_shared_out(mode, folder):
+    """And activations that are computed again change no number."""
+    expected, found = (results(folder, which)["imported"] for which in ("alone", mode))
+    assert found["names"] == expected["names"] and "lm_head.weight" in found["names"]
+    assert np.abs(np.subtract(found["logp"], expected["logp"])).max() < 1e-5
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, values in expected["gradients"].items():  # every process has the same rows, and DDP and FSDP2 average
+        assert found["gradients"][name] == pytest.approx(values, abs=1e-4, rel=1e-4), name
+    share = found["local"] / expected["local"]
+    assert share == 1 if mode == "ddp" else share == pytest.approx(0.5, abs=0.02)
+    assert found["types"] == (["torch.bfloat16"] if mode == "fsdp" else ["torch.bfloat16", "torch.float32"])
+    assert np.abs(np.subtract(found["in_bf16"], expected["logp"])).max() < 0.3
+
+
 # ---- without torchrun
 
 
