@@ -44,7 +44,9 @@ from model.checkpoint import count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
-from model.parallel import DeviceFlags, bare, distribute, start, stop
+from model.optim import BY_SIZE, for_size
+from model.parallel import ALONE, DeviceFlags, bare, distribute, start, stop
+from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
@@ -121,13 +123,6 @@ STAGE_FLAGS = {
     "dpo": (DpoFlags, LossFlags),
     "ppo": (PpoStageFlags,),
 }
-SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
-BY_SIZE = {
-    "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
-    "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
-    "dpo": {"lr": (7e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
-    "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
-}
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},
     "sft": {"epochs": 3.0, "validations": 2},
@@ -135,13 +130,6 @@ QUICK = {
     "dpo": {"epochs": 1.0, "validations": 2},
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
 }
-
-
-def for_size(stage: str, flags, parameters: int):
-    """The flags with the stage's learning rate and batch size for a model of that size, where none was given."""
-    column = next(index for index, limit in enumerate(SIZE_LIMITS) if parameters < limit)
-    missing = {name: values[column] for name, values in BY_SIZE[stage].items() if getattr(flags, name) is None}
-    return dataclasses.replace(flags, **missing)
 
 
 def tokenizer_stage(run: Run) -> None:
@@ -438,13 +426,25 @@ STAGES = {
 }
 
 
+def plan(run: Run, stage: str) -> None:
+    """Prints what the stage, or every stage of the chain, would need; reads no more than a model's config.json."""
+    asked, model, device = (take_flags(group, run.given) for group in (PlanFlags, ModelFlags, DeviceFlags))
+    for name in CHAIN if run.chain else (stage,):
+        if name not in BY_SIZE:
+            continue
+        flags, prefix = run.take(name, STAGE_FLAGS[name][0]), f"{name}-" if run.chain else ""
+        config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
+        flags = for_size(name, flags, Counts.of(config).model)
+        print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))
+
+
 def build_parser(stage: str) -> argparse.ArgumentParser:
     """A parser of exactly the flags that the stage reads."""
     parser = argparse.ArgumentParser(
         prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
     )
     parser.add_argument("--stage", choices=tuple(STAGES), help="what to run")
-    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *((ModelFlags,) if stage in ("sft", "mpo") else ())):
+    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *((ModelFlags,) if stage in ("sft", "mpo") else ()), PlanFlags):
         add_flags(parser, group)
     for name in CHAIN if stage == "mpo" else (stage,):
         for group in STAGE_FLAGS[name]:
@@ -487,6 +487,11 @@ def main(arguments: list[str]) -> None:
     flags = take_flags(RunFlags, given)
     data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))
+    if given.get("plan"):
+        plan(Run(Path(flags.out), flags, ALONE, given, stage == "mpo", QUICK if flags.quick else {}), stage)
+        return
+    for name in {"world", "gpu_memory", *(("size",) if stage not in ("sft", "mpo") else ())} & set(given):
+        raise UsageError(f"--{name.replace('_', '-')}: is read with --plan alone, here; leave it out")
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
     check_flags(run, stage)

@@ -1,5 +1,6 @@
-"""AdamW, the learning rate's course, and the clipped step that refuses to be taken on numbers that are not finite."""
+"""AdamW, the learning rate's course and its default by model size, and the clipped step that refuses to be taken on numbers that are not finite."""
 
+import dataclasses
 import math
 
 import torch
@@ -7,6 +8,14 @@ from torch import nn
 
 from data.errors import NumericalError
 from model.parallel import whole
+
+SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
+BY_SIZE = {
+    "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
+    "rm": {"lr": (1.2e-3, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
+    "dpo": {"lr": (7e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
+    "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
+}
 
 
 def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -18,6 +27,13 @@ def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.op
             decays[parameter.dim() >= 2 and ".layers." in f".{name}"].append(parameter)
     groups = [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def for_size(stage: str, flags, parameters: int):
+    """The flags with the stage's learning rate and batch size for a model of that size, where none was given."""
+    column = next(index for index, limit in enumerate(SIZE_LIMITS) if parameters < limit)
+    missing = {name: values[column] for name, values in BY_SIZE[stage].items() if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **missing)
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float, final: float = 0.02) -> float:

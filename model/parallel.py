@@ -68,6 +68,9 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
+ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")  # one process on the CPU
+
+
 def start(flags: DeviceFlags) -> World:
     """Joins the process group that torchrun announces, if any; raises UsageError where the device is not there."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
