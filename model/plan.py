@@ -136,18 +136,21 @@ def memory(job: Job) -> list[Line]:
 def of_trained(name: str, parameters: int, job: Job, counts: Counts) -> list[Line]:
     """Weights, gradients and optimiser state of something that learns."""
     shards, over = (job.world, " / N") if job.fsdp else (1, "")
-    stays = job.world > 1 and not job.fsdp  # DDP's buckets are never given back
     lines = [
         Line(name, "weights, fp32", 4 * parameters / shards, f"4 P{over}"),
         Line(name, "optimiser state", 8 * parameters / shards, f"8 P{over}: Adam's two moments", "training"),
     ]
-    if stays or job.accumulates:
-        lines.append(Line(name, "gradients", 4 * parameters / shards, f"4 P{over}", "training" if stays else "update"))
-    else:
+    if job.world > 1 and not job.fsdp:
+        lines.append(Line(name, "gradients", 4 * parameters, "4 P: DDP's buckets, which are never given back", "training"))
+    if job.accumulates and (job.fsdp or job.world == 1):
+        why = "4 P: whole until the step's last micro-batch is exchanged" if job.fsdp else "4 P"
+        lines.append(Line(name, "gradients", 4 * parameters, why, "update"))
+    elif job.accumulates:
+        lines.append(Line(name, "gradients that wait", 4 * parameters, "4 P: outside the buckets until the step's last micro-batch", "update"))
+    elif job.fsdp or job.world == 1:
         kept = sum(line.bytes for line in of_update(job, counts))
-        lines.append(Line(name, "gradients", max(0, 4 * parameters / shards - kept), "4 P less activations and logits, which go as they come", "update"))
-    if job.fsdp and job.accumulates:
-        lines.append(Line(name, "gradients that wait", 4 * parameters, "4 P: whole until the step's last micro-batch is exchanged", "update"))
+        why = f"4 P{over} less activations and logits, which go as they come"
+        lines.append(Line(name, "gradients", max(0, 4 * parameters / shards - kept), why, "update"))
     if job.bf16 and not job.fsdp:
         copies = min(counts.products, parameters) - (counts.root if job.stage == "rm" and not job.config.tied else 0)
         now = counts.layer if job.checkpoint else copies

@@ -2,18 +2,27 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
 from peak import Peak
-from runs import STAGES, copy_of, here
+from runs import ROOT, STAGES, command, copy_of, here
+from torch.utils.flop_counter import FlopCounterMode
 
-from data.batches import encode_pairs
+from data.batches import PairRow, Row, encode_pairs
+from data.files import write_json
 from data.prepare import DataFlags, load_pairs
 from data.tokenizer import Tokenizer
-from model.parallel import DeviceFlags
-from model.plan import memory, need, plan_job, planned_config
+from model.checkpoint import config_to_json
+from model.fit import train_step
+from model.parallel import ALONE, DeviceFlags
+from model.plan import Job, flops, memory, need, plan_job, planned_config
+from model.transformer import SIZES
 from train import STAGE_FLAGS
+
+sys.path.append(str(ROOT / "tests" / "model"))
+from small import loud, task  # noqa: E402
 
 LIMITS = {"max_prompt": 96, "max_response": 48}
 STEPS = {
@@ -73,3 +82,65 @@ def test_the_plan_is_what_a_real_run_holds(run, tmp_path, stage, extra):
         job = replace(job, samples=len(pairs))
     expected = need(memory(job))
     assert max(expected.values()) == pytest.approx(peak.most, rel=0.15), (expected, memory(job))
+
+
+def test_the_plan_is_what_each_of_two_processes_holds(tmp_path):
+    """Weights, gradients and optimiser state shared out or not, gathered weights, and gradients that wait for the last micro-batch."""
+    command("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/plan_on_ranks.py", tmp_path / "found.json", program="-m")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 8
+    for case, (measured, planned) in found.items():
+        assert planned == pytest.approx(measured, rel=0.15), case
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_operations_are_those_that_run(stage):
+    kind, rows, objective = task(stage, 8)
+    row = Row("", tuple(range(4, 24)), tuple(range(4, 16)))
+    rows = [replace(row, id=r.id) if stage == "sft" else PairRow(r.id, replace(row, id=r.id), replace(row, id=r.id)) for r in rows]
+    config = replace(SIZES["tiny"], vocab_size=61)
+    with FlopCounterMode(display=False) as counter:
+        train_step(loud(kind, config), objective, rows, 4, ALONE)
+    job = Job(stage, config, 20, 12, batch=8, micro_batch=4)
+    assert sum(flops(job).values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+# ---- what it says
+
+
+def plan(*args):
+    return here("--stage", *args[:1], "--plan", "--size", "7b", *args[1:])
+
+
+def test_7b_ppo_fits_on_eight_gpus_sharded_and_the_plan_says_so():
+    assert "does not fit: it fits with --parallel fsdp\n" in plan("ppo", "--world", 8)
+    assert "usable GB: fits" in plan("ppo", "--world", 8, "--parallel", "fsdp", "--dtype", "bf16", "--checkpoint-activations")
+    alone = plan("ppo", "--world", 1)
+    assert "no flag makes it fit" in alone and "of the named sizes, 1 of them hold tiny, mini, small, base, 1b" in alone
+    assert "--ppo-micro-batch 1" in plan("mpo", "--world", 1)
+
+
+def test_the_arithmetic_of_the_large_items():
+    """By hand: P = 6,738,415,616; 4 P = 26.95e9; 8 P = 53.91e9; their eighths 3.37e9 and 6.74e9; 2 P / 8 = 1.68e9."""
+    lines = [line for line in plan("ppo", "--world", 8, "--parallel", "fsdp", "--dtype", "bf16").splitlines() if line.startswith("|")]
+    said = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[3].strip() for line in lines}
+    assert said["policy", "weights, fp32"] == "3.37" and said["policy", "optimiser state"] == "6.74"
+    assert said["reference", "weights, bf16"] == "1.68"
+    assert said["all", "cache"] == "1.88"  # 2 x 2 x 32 layers x 4096 x 224 slots x 16 rows
+
+
+def test_planning_allocates_and_writes_nothing(tmp_path):
+    with Peak() as peak:
+        here("--stage", "mpo", "--plan", "--size", "7b", "--world", 64, "--parallel", "fsdp", "--out", tmp_path / "run")
+    assert peak.most < 2**20 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "named"), [(["--world", 8], "--world"), (["--gpu-memory", 40], "--gpu-memory"), (["--size", "7b"], "--size")])
+def test_flags_of_the_plan_are_refused_without_it(flags, named, tmp_path):
+    assert f"{named}: is read with --plan alone" in here("--stage", "dpo", *flags, "--out", tmp_path / "run", expect=2)
+
+
+def test_the_plan_of_a_model_from_elsewhere(tmp_path):
+    write_json(tmp_path / "config.json", config_to_json(SIZES["1b"], scalar=False, bos_id=1, eos_id=2, pad_id=0))
+    assert "1,100,048,384 parameters" in here("--stage", "mpo", "--plan", "--init", tmp_path)
+    assert "1,100,048,384 parameters" in here("--stage", "dpo", "--plan", "--init", tmp_path)
