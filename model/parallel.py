@@ -168,6 +168,21 @@ def gradient_sync(model: nn.Module, last: bool):
     yield
 
 
+@contextlib.contextmanager
+def gathered(model: nn.Module):
+    """Inside, a sharded model's weights stay gathered once they are: sampling goes through them once per token, and would otherwise gather
+    them as often. Changes nothing of any other model."""
+    sharded = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (a collective call), any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

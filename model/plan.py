@@ -130,7 +130,7 @@ def memory(job: Job) -> list[Line]:
         lines.append(of_gathered(job, counts))
     for name, parameters in {"ppo": {"reference": counts.model, "reward model": scalar}, "dpo": {"reference": counts.model}}.get(job.stage, {}).items():
         lines.append(of_frozen(name, parameters, job, counts))
-    return lines + of_update(job, counts) + of_sampling(job) + of_reading(job, scalar, counts)
+    return lines + of_update(job, counts) + of_sampling(job, counts) + of_reading(job, scalar, counts)
 
 
 def of_trained(name: str, parameters: int, job: Job, counts: Counts) -> list[Line]:
@@ -202,7 +202,7 @@ def of_update(job: Job, counts: Counts) -> list[Line]:
     ]
 
 
-def of_sampling(job: Job) -> list[Line]:
+def of_sampling(job: Job, counts: Counts) -> list[Line]:
     """Keys and values, and the largest of: prompts read at once, logits of one step, samples looked at in micro-batches."""
     if not job.samples:
         return []
@@ -216,10 +216,12 @@ def of_sampling(job: Job) -> list[Line]:
         "their logits": 4 * min(looked * job.response, CHUNK) * c.vocab_size * (5 if job.stage == "ppo" else 2),
     }
     what = max(read, key=read.get)
+    whole = [Line("policy", "gathered whole", a * counts.model, f"{a} P, in place of a gathering per token", "sampling")] if job.fsdp else []
     cache = 2 * a * c.layers * c.kv_heads * c.head_size * slots * rows
     return [
         Line("all", "cache", cache, f"2 a L K E S rows, S = {slots}, rows = {rows}", "sampling"),
         Line("all", what, read[what], f"the largest of {', '.join(read)}", "sampling"),
+        *whole,
     ]
 
 

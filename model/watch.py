@@ -12,7 +12,7 @@ from torch import nn
 
 from data.errors import NumericalError
 from model.generate import generate, row_uniforms
-from model.parallel import World, bare
+from model.parallel import World, bare, gathered
 from model.stage import Text
 
 
@@ -22,7 +22,7 @@ def sampled_kl(model: nn.Module, ref: nn.Module, prompts: Sequence[Sequence[int]
     nats, and the share that ended. The same seed draws with the same random numbers every time."""
     model.eval()
     mine = range(world.rank, len(prompts), world.size)
-    with world.autocast():
+    with world.autocast(), gathered(model):
         responses = generate(
             bare(model),
             [prompts[i] for i in mine],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.batches import stable_hash
 from losses.kl import k1
 from model.generate import Responses, generate, row_uniforms
-from model.parallel import World
+from model.parallel import World, gathered
 from rl.rewards import normalise_scores
 
 
@@ -58,7 +58,7 @@ def sample(
     policy: nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[int], seed: int, sampling: Sampling, world: World
 ) -> Responses:
     """Responses at the sampling temperature; row i's random numbers are a function of (seed, keys[i])."""
-    with world.autocast():
+    with world.autocast(), gathered(policy):
         return generate(
             policy,
             prompts,

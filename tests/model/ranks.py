@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from small import CONFIG, PAD, SPECIAL, loud, ragged_rows, reference_sums, task
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.errors import NumericalError
 from data.files import write_json
@@ -25,7 +26,7 @@ from model.fit import FitFlags, evaluate, fit
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective
-from model.parallel import DeviceFlags, bare, distribute, start, stop, whole
+from model.parallel import DeviceFlags, bare, distribute, gathered, start, stop, whole
 from model.score import reward_scores, to_tensors
 
 FLAGS = FitFlags(lr=1e-4, epochs=1, batch_size=7, micro_batch=2, warmup=0.0, clip=0.5, validations=3, patience=9, snapshots=False)
@@ -70,6 +71,16 @@ def prompts_and_end():
     )
 
 
+class Gatherings(TorchDispatchMode):
+    """Counts the operations that gather weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
 def sample(world):
     """Each process its share of two prompts, of which one ends at once and one never; greedy, and sampled; then a training forward."""
     model = distribute(PolicyWithCritic(loud(LanguageModel), None), world)
@@ -78,14 +89,17 @@ def sample(world):
     for way in ("greedy", "sampled"):
         mine = list(range(2))[world.rank :: world.size]
         uniforms = None if way == "greedy" else row_uniforms(3, mine, RESPONSE)
-        found = generate(
-            model, [prompts[i] for i in mine], max_new_tokens=RESPONSE, eos_id=end, pad_id=PAD, uniforms=uniforms, any_rank=world.any
-        )
+        with gathered(model), Gatherings() as counted:
+            found = generate(
+                model, [prompts[i] for i in mine], max_new_tokens=RESPONSE, eos_id=end, pad_id=PAD, uniforms=uniforms, any_rank=world.any
+            )
+        made["gathers"] = counted.count
         table = [[0] * RESPONSE for _ in prompts]
         for i, row, mask in zip(mine, found.tokens, found.response_mask, strict=True):
             response = row[mask].tolist()
             table[i][: len(response)] = response
         made[way] = world.total([number for row in table for number in row]).reshape(2, RESPONSE).astype(int).tolist()
+    made["shared_out"] = all(hasattr(p, "to_local") for p in model.parameters())
     tokens, mask = to_tensors(ragged_rows(3), PAD, world.device)
     scores = model(tokens, mask)
     (scores.logp.sum() + scores.values.sum()).backward()

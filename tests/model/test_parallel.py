@@ -107,6 +107,13 @@ def test_sampling_completes_where_one_process_has_ended_at_the_first_token(mode,
     assert found["head_gradient"] == pytest.approx(expected["head_gradient"], abs=1e-3, rel=1e-4)
 
 
+def test_sampling_gathers_sharded_weights_once_and_shares_them_out_again(folder):
+    """Two layers and the rest: three gatherings, whatever the number of tokens."""
+    found = results(folder, "fsdp")["sample"]
+    assert found["gathers"] == 3 and found["shared_out"]
+    assert results(folder, "ddp")["sample"]["gathers"] == 0
+
+
 @pytest.mark.parametrize("mode", ("alone", *MODES))
 @pytest.mark.parametrize("what", ("loss", "gradient"))
 def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(mode, what, folder):
