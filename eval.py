@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data.batches import Row, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
-from data.examples import ASSISTANT, HUMAN, Pair
+from data.examples import HUMAN, Pair, in_template
 from data.files import atomic_write, read_json, weight_files, write_json
 from data.flags import add_flags, flag, take_flags
 from data.prepare import load_pairs
@@ -314,10 +314,11 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     path = folder / "tokenizer.model"
     text = Text(Tokenizer(path), path, described.get("max_prompt", half), described.get("max_response", half))
     setting = Setting(text, world, flags)
-    dialogue = described["data"] == "advice" or described["data"].startswith("hh:")
-    if dialogue and not raw and HUMAN not in prompt:
-        prompt = f"{HUMAN} {prompt.strip()}{ASSISTANT}"
-    ids, shortened = encode_prompt(prompt, "dialogue" if dialogue else "plain", text.tokenizer, text.max_prompt)
+    template = "hh" if described["data"] == "advice" or described["data"].startswith("hh:") else described.get("template")
+    style = "dialogue" if template == "hh" else "plain"
+    if template and not raw and HUMAN not in prompt:
+        prompt, style = in_template(prompt, template)
+    ids, shortened = encode_prompt(prompt, style, text.tokenizer, text.max_prompt)
     if not ids:
         raise UsageError("--prompt: is empty; give some text")
     if shortened:

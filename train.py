@@ -328,7 +328,7 @@ def sampling(text: Text, flags: PpoFlags, mean: float, std: float) -> Sampling:
 def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[int, ...]]:
     """Ids of the prompts that PPO trains on: --prompts, or those of the chosen part of the split; never a test prompt."""
     if flags.prompts:
-        prompts = read_prompts(flags.prompts)
+        prompts = read_prompts(flags.prompts, template=read_json(run.folder / "data" / MANIFEST)["flags"].get("template"))
     else:
         ids = part_ids(run, flags.part)
         prompts = [(p.prompt, p.style) for p in load_pairs(run.folder / "data", "train") if ids is None or p.id in ids]

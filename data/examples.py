@@ -15,7 +15,8 @@ Three things can be wrong with a row:
   long     a prompt beyond the model's room is shortened by `shorten_prompt`, here; responses are cut where batches are made
 
 Responses of dialogues and summaries start with exactly one space (the published TL;DR demonstrations lack the one that the comparisons
-have, and a reward model notices); plain JSONL is taken as it is. Files are read line by line; only the kept rows stay in memory.
+have, and a reward model notices); plain JSONL is taken as it is, or put into one of TEMPLATES. Files are read line by line; only the kept
+rows stay in memory.
 """
 
 import gzip
@@ -34,6 +35,11 @@ from data.files import atomic_write
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 POST, SUMMARY = "\n\nPOST: ", "\n\nTL;DR:"
 STYLES = {"hh": "dialogue", "tldr": "summary", "jsonl": "plain"}
+TEMPLATES = {  # what --template makes of a JSONL row's prompt, and the style by which that is shortened; responses begin with one space
+    "hh": (f"{HUMAN} {{}}{ASSISTANT}", "dialogue"),
+    "tldr": (f"{POST}{{}}{SUMMARY}", "summary"),
+    "chat": ("User: {}\n\nAssistant:", "plain"),
+}
 ACCEPTED = r"""accepted are
   hh:PATH[,PATH]     rows {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}
   tldr:PATH[,PATH]   rows {"info": {"subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}], "choice": 0 or 1}
@@ -94,29 +100,35 @@ class _DroppedRow(Exception):
 # ---- the readers
 
 
-def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None) -> tuple[list[Pair], dict[str, int]]:
+def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of `spec` in file order, and reason -> number of rows left out (rows read = pairs + the sum of these).
 
     Raises UsageError for a spec or file that cannot be read; DataError for more than `skip_bad_rows` bad rows, too many blank ones, an
     empty file, or no usable row. Bad rows that were skipped are written to `rejects`, as {"where", "reason", "row"} a line.
     """
-    rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_pair}, skip_bad_rows, rejects)
+    rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_pair}, skip_bad_rows, rejects, template)
     return [Pair(row.id, row.prompt, *row.responses, style, row.gap, where) for row, style, where in rows], left_out
 
 
-def read_prompts(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None) -> list[tuple[str, str]]:
+def read_prompts(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None) -> list[tuple[str, str]]:
     """The different prompts of `spec` with their style, in order. JSONL rows need only "prompt". Errors as in `read_pairs`."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, skip_bad_rows, rejects)
+    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, skip_bad_rows, rejects, template)
     return list(dict.fromkeys((row.prompt, style) for row, style, _ in rows))
 
 
-def read_demonstrations(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None) -> list[Demonstration]:
+def read_demonstrations(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None) -> list[Demonstration]:
     """The different (prompt, response) of `spec`, in order: JSONL rows with "response", or the chosen halves of pairs. Errors as there."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_demonstration}, skip_bad_rows, rejects)
+    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_demonstration}, skip_bad_rows, rejects, template)
     first = {}
     for row, style, where in rows:
         first.setdefault((row.prompt, row.responses[0]), Demonstration(row.prompt, row.responses[0], style, where))
     return list(first.values())
+
+
+def in_template(prompt: str, template: str) -> tuple[str, str]:
+    """A plain prompt in one of TEMPLATES, and its style."""
+    text, style = TEMPLATES[template]
+    return text.format(prompt.strip()), style
 
 
 def is_held_out(prompt: str, share: float, salt: str = "test") -> bool:
@@ -209,10 +221,12 @@ def _text(row: dict, key: str, parent: str = "") -> str:
 
 
 def _read(
-    spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int, rejects: Path | None
+    spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int, rejects: Path | None, template: str | None
 ) -> tuple[list[tuple[_Example, str, str]], dict[str, int]]:
     """The usable rows of all files of `spec` as (example, style, where), and reason -> count of the others."""
     kind, paths = _paths(spec)
+    if template and kind != "jsonl":
+        raise UsageError(f"--template {template}: {spec} has a format of its own; templates are for jsonl:PATH")
     rows, left_out, seen, bad = [], Counter(), set(), []
     for path in paths:
         read, blank = 0, 0
@@ -222,7 +236,11 @@ def _read(
             try:
                 example = schemas[kind](_object(line))
                 _check_useful(example, seen)
-                rows.append((example, STYLES[kind], where))
+                style = STYLES[kind]
+                if template:
+                    prompt, style = in_template(example.prompt, template)
+                    example = _Example(prompt, tuple(map(_spaced, example.responses)), example.gap)
+                rows.append((example, style, where))
             except _DroppedRow as reason:
                 left_out[str(reason)] += 1
                 blank += str(reason).startswith("blank")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, UsageError
-from data.examples import Demonstration, Pair, is_held_out, read_demonstrations, read_pairs
+from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
 from data.run import begin_stage, finish_stage, open_stage
@@ -26,6 +26,7 @@ class DataFlags:
     data: str | None = flag(None, "advice, digest, hh:PATH[,PATH], tldr:PATH or jsonl:PATH (default: advice)")
     test_data: str | None = flag(None, "pairs to test on, a spec like --data (default: a share of --data by hash of the prompt)")
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
+    template: str | None = flag(None, "put prompts of jsonl:PATH into this form (default: as they are)", choices=tuple(TEMPLATES))
     test_share: float = flag(0.1, "of the prompts, where --test-data is not given")
     validation_share: float = flag(0.05, "of the remaining prompts")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
@@ -81,10 +82,10 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         write_world(spec, folder / "world", seed=seed, **options)
         style = "hh" if spec == "advice" else "tldr"
         spec, test_spec = f"{style}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{style}:{folder / 'world' / 'test.jsonl'}"
-    pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl")
+    pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=flags.template)
     pairs = pairs[: flags.max_pairs]
     if test_spec:
-        test, _ = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl")
+        test, _ = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=flags.template)
         pairs, shared = without_shared_prompts(pairs, test, flags.strict)
     else:
         test, shared = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0
@@ -121,7 +122,8 @@ def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) ->
 
 def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> None:
     """Reads --demonstrations, leaves out test prompts, and writes training and validation part."""
-    rows = [row for row in read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows) if row.prompt not in test_prompts]
+    rows = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, template=flags.template)
+    rows = [row for row in rows if row.prompt not in test_prompts]
     for part, wanted in (("train", False), ("validation", True)):
         chosen = [row for row in rows if is_held_out(row.prompt, flags.validation_share, "validation") == wanted]
         if not chosen:

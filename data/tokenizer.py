@@ -100,7 +100,8 @@ class Tokenizer:
     """A tokenizer file in use.
 
     bos_id, eos_id, pad_id: int. Where a file has no pad piece (LLaMA's), pad_id is its unk id, which no text is ever encoded to.
-    vocab_size: int, the number of pieces. adds_space: whether a prompt that begins with no space gets one. digest: SHA-256 of the file, in hexadecimal.
+    vocab_size: int, the number of pieces. adds_space: whether a prompt that begins with no space gets one.
+    digest: SHA-256 of the file, in hexadecimal.
     """
 
     def __init__(self, path: Path):

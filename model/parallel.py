@@ -28,7 +28,7 @@ class DeviceFlags:
     device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
-    checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again: a third slower, far smaller")
+    checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def memory(job: Job) -> list[Line]:
         lines += of_trained(name, parameters, job, counts)
     if job.fsdp:
         lines.append(of_gathered(job, counts))
-    for name, parameters in {"ppo": {"reference": counts.model, "reward model": scalar}, "dpo": {"reference": counts.model}}.get(job.stage, {}).items():
+    frozen = {"dpo": {"reference": counts.model}, "ppo": {"reference": counts.model, "reward model": scalar}}
+    for name, parameters in frozen.get(job.stage, {}).items():
         lines.append(of_frozen(name, parameters, job, counts))
     return lines + of_update(job, counts) + of_sampling(job, counts) + of_reading(job, scalar, counts)
 

@@ -439,3 +439,27 @@ def test_real_tldr():
     assert sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) == 674
     assert all(re.match(r"SUBREDDIT: r/\S+\n\nTITLE: .*\n\nPOST: ", pair.prompt) and pair.prompt.endswith("\n\nTL;DR:") for pair in pairs)
     assert len(read_prompts(f"tldr:{real_data() / 'tldr/judged-comparisons.jsonl.gz'}")) == 1000
+
+
+# ---- templates
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "style"),
+    [
+        ("hh", "\n\nHuman: Name {two} fruits.\n\nAssistant:", "dialogue"),
+        ("tldr", "\n\nPOST: Name {two} fruits.\n\nTL;DR:", "summary"),
+        ("chat", "User: Name {two} fruits.\n\nAssistant:", "plain"),
+    ],
+)
+def test_a_template_puts_plain_prompts_into_a_form(template, prompt, style, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": " Name {two} fruits.\n", "chosen": "Figs.", "rejected": "  No."}) + "\n")
+    (pair,), _ = read_pairs(f"jsonl:{path}", template=template)
+    assert (pair.prompt, pair.style, pair.chosen, pair.rejected) == (prompt, style, " Figs.", " No.")
+    assert read_prompts(f"jsonl:{path}", template=template) == [(prompt, style)]
+    (shown,) = read_demonstrations(f"jsonl:{path}", template=template)
+    assert (shown.prompt, shown.response, shown.style) == (prompt, " Figs.", style)
+    assert len(shorten_prompt(prompt, style, list, len(prompt) - 5)) <= len(prompt) - 5
+    with pytest.raises(UsageError, match=f"--template {template}: hh:.* has a format of its own"):
+        read_pairs(f"hh:{path}", template=template)

@@ -6,8 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from small import EOS, PAD, SPECIAL
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
-from transformers import LlamaForSequenceClassification, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from data.errors import CheckpointError
 from losses.sft import sft_loss
