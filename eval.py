@@ -44,7 +44,7 @@ from data.tokenizer import Tokenizer
 from model.checkpoint import CONFIG
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
-from model.parallel import DeviceFlags, World, fill, start, stop
+from model.parallel import DeviceFlags, World, distribute, start, stop
 from model.score import reward_scores, sequence_kls
 from model.stage import Text
 
@@ -109,7 +109,7 @@ class Setting:
 
     def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
         """A model ready to answer or to judge; raises CheckpointError or UsageError where it does not fit the run."""
-        return fill(self.text.load(folder, architecture), self.world.device).requires_grad_(False).eval()
+        return distribute(self.text.load(folder, architecture), self.world, frozen=True).eval()
 
     def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
         """Given texts as answers."""

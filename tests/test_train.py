@@ -376,7 +376,7 @@ def test_prompts_that_processes_cannot_share_are_refused_at_once(tmp_path, monke
 def test_help_lists_exactly_the_flags_of_the_stage():
     described = here("--stage", "dpo", "--help")
     assert re.search(r"--beta ", described) and re.search(r"--lr ", described)
-    assert "--kl-coef" not in described and "--size" not in described and "--dpo-lr" not in described
+    assert "--kl-coef" not in described and "--folds" not in described and "--dpo-lr" not in described
     assert "--dpo-lr" in here("--stage", "mpo", "--help")
 
 
