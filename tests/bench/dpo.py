@@ -1,0 +1,155 @@
+"""A DPO step beside TRL's DPOTrainer: same weights, same tokens, same optimiser, in turn.
+
+    pip install -r tests/bench/requirements.txt
+    python tests/bench/dpo.py [--repeats 5] [--pairs 16] [--prompt 96] [--response 64] [--threads N]
+
+A LLaMA of 8.4M parameters, random ids, prompts of a third of --prompt to all of it tokens, responses of a quarter of --response to all of
+it. Measured twice: the reference read at every step on both sides, and its log-probabilities known beforehand on both. The losses of the
+first two steps must agree before anything is timed. Prints medians, tokens per second with the prompt counted twice on both sides (ours
+reads it once: packing.py measures what that is worth), and the median of the paired ratios.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from data.batches import PairRow, Row  # noqa: E402
+from data.report import markdown_table  # noqa: E402
+from losses.dpo import dpo  # noqa: E402
+from model.checkpoint import save_model  # noqa: E402
+from model.fit import train_step  # noqa: E402
+from model.heads import LanguageModel  # noqa: E402
+from model.objectives import preference_objective  # noqa: E402
+from model.optim import clipped_step, make_optimiser  # noqa: E402
+from model.parallel import World  # noqa: E402
+from model.score import reference_logps  # noqa: E402
+from model.transformer import ModelConfig, initialise  # noqa: E402
+
+CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
+IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 3}
+ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
+BETA, LR = 0.1, 1e-5
+
+
+def random_pairs(count: int, prompt: int, response: int) -> list[PairRow]:
+    numbers = np.random.default_rng(0)
+    pairs = []
+    for index in range(count):
+        start = tuple(numbers.integers(4, CONFIG.vocab_size, numbers.integers(prompt // 3, prompt + 1)).tolist())
+        rows = [
+            Row(str(index), start, tuple(numbers.integers(4, CONFIG.vocab_size, numbers.integers(response // 4, response + 1)).tolist()))
+            for _ in range(2)
+        ]
+        pairs.append(PairRow(str(index), *rows))
+    return pairs
+
+
+class Ours:
+    """Our step on some pairs; known: the reference's log-probabilities are there already."""
+
+    def __init__(self, policy: LanguageModel, ref: LanguageModel, known: bool):
+        self.model, self.ref, self.known, self.logps = policy, ref, known, None
+        self.optimiser = make_optimiser(policy, LR, 0.0)
+
+    def step(self, pairs: list[PairRow]) -> float:
+        if self.logps is None or not self.known:
+            self.logps = {pair.id: tuple(row) for pair, row in zip(pairs, reference_logps(self.ref, pairs, 3, ALONE).tolist(), strict=True)}
+        self.model.train()
+        objective = preference_objective(lambda p: dpo(p, beta=BETA), BETA, self.logps, 3, ALONE.device)
+        loss = train_step(self.model, objective, pairs, 8, ALONE)["loss"]
+        clipped_step(self.model, self.optimiser, LR, 1.0, "here")
+        return loss
+
+
+class Prepared(DPOTrainer):
+    """TRL's trainer on rows of ids."""
+
+    def _prepare_dataset(self, dataset, *arguments, **options):
+        return dataset
+
+
+class Theirs:
+    """TRL's training step, clipping and optimiser on the same pairs."""
+
+    def __init__(self, policy: Path, ref: Path, pairs: list[PairRow], known: bool, folder: str):
+        rows = [{"prompt_ids": list(p.chosen.prompt), "chosen_ids": list(p.chosen.response), "rejected_ids": list(p.rejected.response)} for p in pairs]
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(CONFIG.vocab_size)}, unk_token="w0"))
+        settings = DPOConfig(
+            folder, per_device_train_batch_size=len(pairs), learning_rate=LR, beta=BETA, weight_decay=0.0, adam_beta2=0.99, bf16=False,
+            report_to=[], optim="adamw_torch_fused", precompute_ref_log_probs=known, gradient_checkpointing=False, use_cpu=True,
+        )  # fmt: skip
+        self.trainer = Prepared(
+            LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32), LlamaForCausalLM.from_pretrained(ref, dtype=torch.float32),
+            args=settings, train_dataset=Dataset.from_list(rows),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w3"),
+        )  # fmt: skip
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
+
+    def step(self, pairs: list[PairRow]) -> float:
+        loss = float(self.trainer.training_step(self.trainer.model, dict(self.batch)))
+        torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
+        self.trainer.optimizer.step()
+        self.trainer.model.zero_grad()
+        return loss
+
+
+def timed(side, pairs: list[PairRow]) -> float:
+    began = time.perf_counter()
+    side.step(pairs)
+    return time.perf_counter() - began
+
+
+def compare(pairs: list[PairRow], known: bool, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of our step and of theirs, and the median of their paired ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = []
+        for seed in range(2):
+            models.append(LanguageModel(CONFIG))
+            initialise(models[-1], seed)
+            save_model(models[-1], Path(folder) / str(seed), special_ids=IDS, is_main=True)
+        ours = Ours(*models, known)
+        theirs = Theirs(Path(folder) / "0", Path(folder) / "1", pairs, known, folder)
+        for _ in range(2):
+            losses = ours.step(pairs), theirs.step(pairs)
+            assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), losses
+        times = [(timed(ours, pairs), timed(theirs, pairs)) for _ in range(repeats)]
+    return *(statistics.median(column) for column in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=96)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--threads", type=int)
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    pairs, rows = random_pairs(flags.pairs, flags.prompt, flags.response), []
+    tokens = sum(pair.chosen.length + pair.rejected.length for pair in pairs)
+    for known in (False, True):
+        ours, theirs, ratio = compare(pairs, known, flags.repeats)
+        name = "known beforehand" if known else "read at every step"
+        rows.append((name, f"{tokens / ours:.0f}", f"{tokens / theirs:.0f}", f"{ratio:.2f}"))
+    print(f"{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {torch.get_num_threads()} threads, fp32\n")
+    print(markdown_table(["reference", "ours, tokens/s", "TRL, tokens/s", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()
