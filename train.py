@@ -45,6 +45,7 @@ from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
 from model.parallel import DeviceFlags, bare, distribute, start, stop
+from model.resume import SavingFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
@@ -190,6 +191,7 @@ def sft_stage(run: Run) -> None:
         results |= fit(
             model, objective, rows["train"], rows["validation"], flags,
             stage="sft", seed=run.flags.seed, world=run.world, metrics=metrics, keep=partial(text.save, model, folder, run.world),
+            saving=run.saving(folder, text),
         )  # fmt: skip
         run.say(f"  best validation loss {results['loss']:.3f} nats per token, at step {results['step']}")
 
@@ -214,6 +216,7 @@ def rm_stage(run: Run) -> None:
                 best = fit(
                     model, reward_objective(pad_id, world.device), rows, validation, flags,
                     stage=name, seed=run.flags.seed, world=world, metrics=numbers, keep=partial(text.save, model, where, world),
+                    saving=run.saving(where, text),
                 )  # fmt: skip
             world.barrier()
             return distribute(text.load(where, ScalarModel), world, frozen=True), best
@@ -317,7 +320,7 @@ def dpo_stage(run: Run) -> None:
         results |= fit(
             model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device), train, validation, flags,
             stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
-            at_first=at_first, at_validation=watch,
+            saving=run.saving(folder, text), at_first=at_first, at_validation=watch,
         )  # fmt: skip
         results["healthy"] = results["kl_ref_seq"] <= flags.max_kl and results["chosen_fall"] <= flags.max_fall
         run.say(
@@ -396,6 +399,7 @@ def ppo_stage(run: Run) -> None:
         results |= train_ppo(
             model, ref, reward_model, prompts, flags, how,
             same_start=same_start, seed=run.flags.seed, world=world, metrics=metrics, validate=validate, keep=keep,
+            saving=run.saving(folder, text, every=10),
         )  # fmt: skip
         run.say(f"  best at iteration {results['step']}: score {results['score']:.2f}, KL to the reference {results['kl_ref_seq']:.2f}")
 
@@ -438,7 +442,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
     )
     parser.add_argument("--stage", choices=tuple(STAGES), help="what to run")
-    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *((ModelFlags,) if stage in ("sft", "mpo") else ())):
+    own = ((ModelFlags,) if stage in ("sft", "mpo") else ()) + (() if stage in ("tokenizer", "split") else (SavingFlags,))
+    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own):
         add_flags(parser, group)
     for name in CHAIN if stage == "mpo" else (stage,):
         for group in STAGE_FLAGS[name]:
@@ -448,6 +453,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 
 def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
+    if (take_flags(SavingFlags, run.given).save_every or 0) < 0:
+        raise UsageError("--save-every: must be 0 or more")
     for name in CHAIN if stage == "mpo" else (stage,):
         prefix = f"{name}-" if run.chain else ""
         for group in STAGE_FLAGS[name]:
@@ -484,9 +491,11 @@ def main(arguments: list[str]) -> None:
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
     check_flags(run, stage)
+    if flags.resume and not any(run.folder.glob("*/")):
+        raise UsageError(f"--resume: there is nothing in {run.folder} to go on with; leave the flag out")
     makes_data = stage in ("tokenizer", "mpo")  # every other stage needs the tokenizer first, and must not choose the data by accident
     if world.is_main and (makes_data or (run.folder / "data" / MANIFEST).exists()):
-        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed)
+        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed, flags.resume)
     world.barrier()
     STAGES[stage](run)
 
