@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from data.batches import PairRow, encode_prompt, stable_hash
-from data.errors import CheckpointError, DataError, Stop, UsageError
+from data.errors import CheckpointError, DataError, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json
 from data.flags import add_flags, flag, take_flags, typed_names
@@ -44,13 +44,13 @@ from model.checkpoint import count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
-from model.parallel import DeviceFlags, bare, distribute, start, stop
+from model.parallel import DeviceFlags, bare, distribute, exit_code, start
 from model.resume import SavingFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import check_first_preference_step, has_left_reference, sampled_kl
-from rl.ppo import PpoFlags, check_ppo_flags, summary, train_ppo
+from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
 
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
@@ -376,6 +376,7 @@ def ppo_stage(run: Run) -> None:
         ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
         how = sampling(text, flags, *scale)
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
+        saving = run.saving(folder, text, every=10)
 
         def validate() -> dict[str, float]:
             """Means over the validation prompts' responses, and the objective that decides which weights are kept."""
@@ -387,6 +388,7 @@ def ppo_stage(run: Run) -> None:
             )  # fmt: skip
             rollout = Rollout(*(getattr(rollout, field.name)[: len(keys)] for field in dataclasses.fields(Rollout)))
             numbers = summary(rollout, world)
+            check_rollout(numbers, rollout, "ppo, validation", False, world, saving)
             return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
 
         def keep(snapshot: str) -> None:
@@ -399,7 +401,7 @@ def ppo_stage(run: Run) -> None:
         results |= train_ppo(
             model, ref, reward_model, prompts, flags, how,
             same_start=same_start, seed=run.flags.seed, world=world, metrics=metrics, validate=validate, keep=keep,
-            saving=run.saving(folder, text, every=10),
+            saving=saving,
         )  # fmt: skip
         run.say(f"  best at iteration {results['step']}: score {results['score']:.2f}, KL to the reference {results['kl_ref_seq']:.2f}")
 
@@ -501,10 +503,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Stop as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    finally:
-        stop()
+    sys.exit(exit_code(main, sys.argv[1:]))

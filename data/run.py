@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises UsageError where a living process holds it, ResourceError where the place cannot be written.
     """
-    path = Path(folder).with_name(f".{Path(folder).name}.lock")
+    path = lock_of(folder)
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -57,6 +57,10 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def lock_of(folder: Path) -> Path:
+    return Path(folder).with_name(f".{Path(folder).name}.lock")
 
 
 def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: bool = False) -> bool:

@@ -20,7 +20,7 @@ from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.files import atomic_write, digest
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
-from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, locked, open_stage
+from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.tokenizer import Tokenizer
 from model.checkpoint import load_model, save_model
 from model.parallel import World
@@ -74,7 +74,7 @@ class Run:
             if self.world.is_main:
                 if self.flags.resume and not self.chain and not (folder.is_dir() and any(folder.iterdir())):
                     raise UsageError(f"--resume: there is nothing in {folder} to go on with; leave the flag out")
-                if not (folder / MANIFEST).exists():
+                if not (folder / MANIFEST).exists() or lock_of(folder).exists():  # a finished run may lie where nothing can be written
                     lock.enter_context(locked(folder))
                 finished = not begin_stage(folder, flags, parents, self.flags.resume)
             self.held.push(lock.pop_all())

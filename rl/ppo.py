@@ -293,7 +293,7 @@ def train_ppo(
             seed=seed, step=iteration, sampling=sampling, micro_batch=flags.micro_batch, world=world,
         )  # fmt: skip
         numbers = summary(rollout, world)
-        check_rollout(numbers, rollout, iteration, same_start and iteration == 0, world, saving)
+        check_rollout(numbers, rollout, f"ppo, iteration {iteration}", same_start and iteration == 0, world, saving)
         # 2. and 3. rewards and advantages
         batch = make_batch(rollout, kl_coef, flags, world)
         numbers["explained_variance"] = explained_variance(rollout.values[:, :-1], batch.returns, rollout.mask, world)
@@ -339,14 +339,14 @@ def train_ppo(
     return best
 
 
-def check_rollout(numbers: dict[str, float], rollout: Rollout, iteration: int, same_weights: bool, world: World, saving: Saving) -> None:
+def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_weights: bool, world: World, saving: Saving) -> None:
     """Raises NumericalError where a number is not finite, or where there is a KL between a policy and a reference of the same weights."""
     per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values, rollout.entropy)
     good = torch.stack([x.where(m, 0.0).isfinite().all(dim=1) for x in per_token for m in [rollout.response_mask[:, -x.shape[1] :]]]).all(dim=0)
     good &= rollout.scores.isfinite()
     if world.any(not bool(good.all())) or not all(map(math.isfinite, numbers.values())):
         suspects = as_rows(rollout, (~good).nonzero().flatten().tolist(), world)
-        raise saving.not_finite(f"ppo, iteration {iteration}", broken_names(numbers) or "a log-probability or value", suspects, world)
+        raise saving.not_finite(where, broken_names(numbers) or "a log-probability or value", suspects, world)
     if same_weights and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
         raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
 

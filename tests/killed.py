@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train
-from data.errors import Stop
 from data.run import Metrics
-from model.parallel import stop
+from model.parallel import exit_code
 from model.transformer import Layer
 
 KIND, AT = os.environ.get("KILL", "after:0").split(":")
@@ -55,11 +54,6 @@ builtins.open = lambda *args, **kwargs: (counted("disk", plain_open) if set("wax
 Layer.forward = counted("work", Layer.forward)
 torch.optim.AdamW.step = counted("work", torch.optim.AdamW.step)
 
-try:
-    train.main(sys.argv[1:])
-except Stop as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.code)
-finally:
-    stop()
+code = exit_code(train.main, sys.argv[1:])
 print(f"moments: disk {COUNTS['disk']}, work {COUNTS['work']}")
+sys.exit(code)

@@ -32,10 +32,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-def dying(*args, kill="after:0", expect=0, program="tests/killed.py"):
+def dying(*args, kill="after:0", expect=0, keep_checkpoints="1"):
     """The command in a process that ends itself at this moment; its output, and the moments there were where it did not."""
     done = subprocess.run(
-        [sys.executable, program, *map(str, args)], cwd=ROOT, env={**os.environ, **ONE_THREAD, "KILL": kill, "KEEP_CHECKPOINTS": "1"},
+        [sys.executable, "tests/killed.py", *map(str, args)], cwd=ROOT, env={**os.environ, **ONE_THREAD, "KILL": kill, "KEEP_CHECKPOINTS": keep_checkpoints},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == expect, f"{kill} {args}: exit code {done.returncode}, not {expect}:\n{done.stdout[-3000:]}"
@@ -137,7 +137,7 @@ def test_a_killed_chain_goes_on(chain, tmp_path, draw):
     rng = random.Random(f"{SEED} chain {draw}")
     args = ("--stage", "mpo", "--out", tmp_path / "run", *WORLD, *TINY, "--save-every", 3)
     kind, at = ("disk", int(rng.random() * 1000)) if draw % 2 else ("work", int(rng.random() * 1300))
-    dying(*args, kill=f"{kind}:{at + 1}", expect=-signal.SIGKILL)
+    dying(*args, kill=f"{kind}:{at + 1}", expect=-signal.SIGKILL, keep_checkpoints="")
     command = [*args, "--resume"] if any((tmp_path / "run").glob("*/")) else args
     here(*command)
     for stage in STAGES:
