@@ -5,6 +5,8 @@ all rows are ragged. All runs start from copies of the same chain.
 """
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from runs import STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest,
 from safetensors.numpy import load_file
 
 from data.prepare import load_demonstrations, load_pairs
+from model.resume import faults
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WAYS = ("one", "ddp", "fsdp")
@@ -150,3 +153,85 @@ def test_a_refusal_under_torchrun_ends_all_processes(chain, tmp_path):
     flags = ("--prompts-per-iteration", 7)
     output = command(*TORCHRUN, "train.py", "--stage", "ppo", "--out", run, *flags, program="-m", expect=1, timeout=60)  # torchrun's own code
     assert "--prompts-per-iteration 7: must be a multiple of the 2 processes" in output and not (run / "ppo").exists()
+
+
+# ---- stopping and going on with another number of processes, and one process in trouble
+
+
+def under_torchrun(*args, broken=None, ranks=2, expect=0):
+    """A command on several processes; with `broken` (tests/broken_rank.py) the last of them gets into trouble."""
+    launch = (*TORCHRUN[:-1], ranks, "tests/broken_rank.py" if broken else "train.py")
+    return command(*launch, *args, program="-m", expect=expect, timeout=180, env={"BROKEN": broken or ""})
+
+
+LONG = ("--epochs", 1, "--batch-size", 20, "--micro-batch", 4, "--validations", 2, "--lr", 2e-4, "--save-every", 2)  # ten steps
+
+
+@pytest.fixture(scope="module")
+def ten_steps(chain, tmp_path_factory):
+    """SFT in one process, from start to end."""
+    run = copy_of(chain, tmp_path_factory.mktemp("ten") / "run", *STAGES[1:])
+    here("--stage", "sft", "--out", run, *LONG)
+    assert [line["step"] for line in steps(run / "sft")] == list(range(10))
+    return run / "sft"
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ((2, "fsdp"), (1, "ddp")),
+        pytest.param((2, "ddp"), (1, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "ddp"), (2, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp"), (4, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((1, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_another_number_of_processes(chain, tmp_path, ten_steps, first, then):
+    """One of the processes is killed on its way; the others end, and what is left goes on in the same order, shards and all."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    stage = ("--stage", "sft", "--out", run, *LONG)
+    if first[0] == 1:
+        command(*stage, program="tests/killed.py", env={"KILL": "work:130"}, expect=-9)
+    else:
+        output = under_torchrun(*stage, "--parallel", first[1], ranks=first[0], broken="exit:75", expect=1)
+        assert "SIGKILL" in output.partition("Root Cause")[2] and "the last checkpoint is" in output
+    begun = sorted((run / "sft" / "checkpoints").glob("step-*"))
+    assert begun and len(steps(run / "sft")) < 10
+    if then[0] == 1:
+        output = here(*stage, "--resume")
+    else:
+        output = under_torchrun(*stage, "--resume", "--parallel", then[1], ranks=then[0])
+    assert f"resumed from {begun[-1]}" in output
+    expected, found = metrics(ten_steps), metrics(run / "sft")
+    assert len(expected) == len(found)
+    for line, other in zip(expected, found, strict=True):
+        close(line, other, (first, then, line["step"]))
+    weights, others = (load_file(folder / "snapshot-00010" / "model.safetensors") for folder in (ten_steps, run / "sft"))
+    for name in weights:
+        np.testing.assert_allclose(others[name], weights[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+TROUBLE = {
+    "nan": ("nan:61", r"sft, step \d+: loss is not finite on rank 1; ", 60),
+    "raise": ("raise:61", r"ValueError: broken on purpose", 60),
+    "hang": ("hang:61", r"Timed out waiting|timed out", 100),  # --rank-timeout, and half a minute until torchrun ends the one that hangs
+}
+
+
+@pytest.mark.parametrize("how", ["nan", pytest.param("raise", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)])
+def test_trouble_of_one_process_ends_all_with_the_first_cause_last(chain, tmp_path, how):
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    broken, cause, seconds = TROUBLE[how]
+    before = time.monotonic()
+    output = under_torchrun("--stage", "sft", "--out", run, *LONG, "--rank-timeout", 10, broken=broken, expect=1)
+    assert time.monotonic() - before < seconds
+    assert re.search(cause, output.partition("Root Cause (first observed failure)")[2]), output[-3000:]
+    last = sorted((run / "sft" / "checkpoints").glob("step-*"))[-1]
+    assert f"the last checkpoint is {last}" in output and faults(last) == [] and not (run / "sft" / "manifest.json").exists()
+    if how == "nan":
+        (dumped,) = (run / "failures").iterdir()
+        assert dumped.name.endswith("rank-1.jsonl")
+        rows = [json.loads(line) for line in dumped.read_text().splitlines()]
+        assert rows and all(set(row) == {"id", "prompt", "response"} for row in rows) and rows[0]["id"] in output
