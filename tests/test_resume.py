@@ -7,6 +7,7 @@ optimiser's moments in the last checkpoint, metrics apart from `time`, results.
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,7 +18,9 @@ import time
 from functools import partial
 
 import pytest
-from runs import ONE_THREAD, ROOT, STAGES, TINY, TRAINED, WORLD, copy_of, here, in_chain, manifest, metrics, snapshot
+from runs import ONE_THREAD, ROOT, STAGES, TINY, TRAINED, WORLD, copy_of, here, in_chain, manifest, metrics, sha256, snapshot
+from safetensors.torch import load_file, save_file
+from test_faults import Intruder
 
 SEED = 4
 FLAGS = {
@@ -34,8 +37,9 @@ FLAGS = {
 
 def dying(*args, kill="after:0", expect=0, keep_checkpoints="1"):
     """The command in a process that ends itself at this moment; its output, and the moments there were where it did not."""
+    environment = {**os.environ, **ONE_THREAD, "KILL": kill, "KEEP_CHECKPOINTS": keep_checkpoints}
     done = subprocess.run(
-        [sys.executable, "tests/killed.py", *map(str, args)], cwd=ROOT, env={**os.environ, **ONE_THREAD, "KILL": kill, "KEEP_CHECKPOINTS": keep_checkpoints},
+        [sys.executable, "tests/killed.py", *map(str, args)], cwd=ROOT, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == expect, f"{kill} {args}: exit code {done.returncode}, not {expect}:\n{done.stdout[-3000:]}"
@@ -336,6 +340,51 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(stopped, tmp_path):
     message = here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume", expect=4)
     assert message.count("state.json: missing") == 2 and "no checkpoint is whole" in message
     assert files(run) == state
+
+
+def relist(place):
+    """Puts the digests of a checkpoint's files as they are on record, as someone would who wants them to be believed."""
+    names = json.loads((place / "checkpoint.json").read_text())
+    files = {name: {"bytes": (place / name).stat().st_size, "sha256": sha256(place / name)} for name in names}
+    (place / "checkpoint.json").write_text(json.dumps(files))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimiser.safetensors", "state.json", "checkpoint.json"])
+def test_a_pickle_in_a_checkpoint_is_never_opened(stopped, tmp_path, name):
+    """Even where the digests say that it belongs there (case 25)."""
+    run, intruded = shutil.copytree(stopped, tmp_path / "run"), tmp_path / "intruded"
+    for place in steps_of(run):
+        (place / name).write_bytes(pickle.dumps(Intruder(intruded)))
+        if name != "checkpoint.json":
+            relist(place)
+    state = files(run)
+    message = here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume", expect=4)
+    assert ("not whole safetensors" if name.endswith("safetensors") else f"{name}: damaged") in message
+    assert not intruded.exists() and files(run) == state
+
+
+def test_a_checkpoint_of_another_model_is_refused(stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    place = steps_of(run)[-1]
+    weights = load_file(place / "weights.safetensors")
+    weights["trunk.other.weight"] = weights.pop("trunk.norm.weight")
+    save_file(weights, place / "weights.safetensors")
+    relist(place)
+    state = files(run)
+    message = here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume", expect=4)
+    assert "do not fit: trunk.norm.weight is in one of them alone; trunk.other.weight is in one of them alone" in message and files(run) == state
+
+
+def test_a_checkpoint_of_other_versions_is_used_with_a_warning(stopped, tmp_path, whole):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    place = steps_of(run)[-1]
+    state = json.loads((place / "state.json").read_text())
+    state["versions"]["torch"] = "1.0"
+    (place / "state.json").write_text(json.dumps(state))
+    relist(place)
+    output = here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume")
+    assert f"warning: {place}: made by " in output and "'torch': '1.0'" in output
+    assert not goes_on(run, whole)
 
 
 def test_an_unwritten_checkpoint_takes_no_part(stopped, tmp_path, whole):
