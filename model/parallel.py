@@ -8,9 +8,11 @@ multiplied by their number first: the sum over processes comes out.
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,7 +103,7 @@ def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record  # here, since it takes time that most runs need not spend
 
-        program = record(program)
+        program = record(partial(patient, program))
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         program(arguments)
@@ -117,6 +119,16 @@ def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int
         return stopped.code
     finally:
         stop()
+
+
+def patient(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """The program; where it stops because another process did, torchrun is given time to see that one's end first."""
+    try:
+        program(arguments)
+    except Exception as error:
+        if lost_contact(error):
+            time.sleep(5)
+        raise
 
 
 def lost_contact(error: Exception) -> ResourceError | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import BUDGETS, STAGES, command, copy_of, here, manifest, metrics, snapshot
 from safetensors.torch import load_file, save_file
-from test_resume import FLAGS, before, lines, started, steps_of, when
+from test_interruptions import FLAGS, before, lines, started, steps_of, when
 
 from data.errors import NumericalError, ResourceError
 from data.prepare import load_pairs
