@@ -151,10 +151,10 @@ def test_a_killed_chain_goes_on(chain, tmp_path, draw):
 # ---- signals (case 20)
 
 
-def started(*args):
+def started(*args, program="train.py"):
     """The command as a process of its own, whose output goes to a pipe."""
     return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)],
+        [sys.executable, program, *map(str, args)],
         cwd=ROOT,
         env=os.environ | ONE_THREAD,
         stdout=subprocess.PIPE,

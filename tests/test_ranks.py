@@ -6,12 +6,15 @@ all rows are ragged. All runs start from copies of the same chain.
 
 import json
 import re
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, steps
 from safetensors.numpy import load_file
+from test_interruptions import lines, started, when
 
 from data.prepare import load_demonstrations, load_pairs
 from model.resume import faults
@@ -43,7 +46,7 @@ def make_validation_odd(run):
 @pytest.fixture(scope="module")
 def folders(chain, tmp_path_factory):
     """way -> stage -> the folder of that stage made that way."""
-    base, made, lines = tmp_path_factory.mktemp("ranks"), {}, []
+    base, made, commands = tmp_path_factory.mktemp("ranks"), {}, []
     for way in WAYS:
         for stage in TRAINED:
             run = copy_of(chain, base / way / stage, *STAGES[STAGES.index(stage) :])
@@ -52,9 +55,9 @@ def folders(chain, tmp_path_factory):
             if way == "one":
                 here(*flags)
             else:
-                lines.append([str(flag) for flag in (*flags, "--parallel", way)])
+                commands.append([str(flag) for flag in (*flags, "--parallel", way)])
             made[way, stage] = run / stage
-    (base / "commands.json").write_text(json.dumps(lines))
+    (base / "commands.json").write_text(json.dumps(commands))
     command(*TORCHRUN, "tests/commands_on_ranks.py", base / "commands.json", program="-m")
     return made
 
@@ -76,9 +79,9 @@ def unsampled(stage, numbers):
 @pytest.mark.parametrize("stage", TRAINED)
 def test_two_processes_train_as_one_does(folders, chain, stage, way):
     one, two = folders["one", stage], folders[way, stage]
-    lines, others = metrics(one), metrics(two)
-    assert sum(line.get("updates", 1) for line in steps(one)) == 3 and len(lines) == len(others)
-    for index, (line, other) in enumerate(zip(lines, others, strict=True)):
+    expected, others = metrics(one), metrics(two)
+    assert sum(line.get("updates", 1) for line in steps(one)) == 3 and len(expected) == len(others)
+    for index, (line, other) in enumerate(zip(expected, others, strict=True)):
         step, trained = line["step"], "grad_norm" in line
         if step >= 0 and not trained:
             line, other = unsampled(stage, line), unsampled(stage, other)
@@ -235,3 +238,19 @@ def test_trouble_of_one_process_ends_all_with_the_first_cause_last(chain, tmp_pa
         assert dumped.name.endswith("rank-1.jsonl")
         rows = [json.loads(line) for line in dumped.read_text().splitlines()]
         assert rows and all(set(row) == {"id", "prompt", "response"} for row in rows) and rows[0]["id"] in output
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_on_all_processes(chain, tmp_path, ten_steps):
+    """torchrun passes SIGTERM on to its processes, which finish their step; it kills what is still there after half a minute."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    words = [*TORCHRUN, "train.py", "--stage", "sft", "--out", run, *LONG, "--save-every", 0, "--parallel", "fsdp"]
+    process = started(*words, program="-m")
+    when(lambda: lines(run / "sft" / "metrics.jsonl") > 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    stopped = re.search(r"SIGTERM: stopped after (\d+) steps, which are saved in (\S+);", output)
+    assert process.returncode and stopped and faults(Path(stopped[2])) == [], output[-3000:]
+    here("--stage", "sft", "--out", run, *LONG, "--save-every", 0, "--resume")
+    assert [line["step"] for line in steps(run / "sft")] == list(range(10))
+    assert metrics(run / "sft")[-1]["valid_loss"] == pytest.approx(metrics(ten_steps)[-1]["valid_loss"], abs=1e-5)
