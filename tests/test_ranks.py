@@ -254,3 +254,27 @@ def test_a_signal_to_torchrun_saves_on_all_processes(chain, tmp_path, ten_steps)
     here("--stage", "sft", "--out", run, *LONG, "--save-every", 0, "--resume")
     assert [line["step"] for line in steps(run / "sft")] == list(range(10))
     assert metrics(run / "sft")[-1]["valid_loss"] == pytest.approx(metrics(ten_steps)[-1]["valid_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm", "ppo"])
+def test_a_sharded_stage_goes_on_bit_for_bit_with_as_many_processes(chain, tmp_path, stage):
+    """Both processes die at the same moment; shards of weights and moments come back as they were, critic and folds included."""
+    flags = {
+        "rm": ("--epochs", 0.5),
+        "ppo": ("--iterations", 4, "--prompts-per-iteration", 6, "--minibatch", 4, "--lr", 1e-3, "--critic", "separate"),
+    }
+    ends = {}
+    for name in ("whole", "killed"):
+        run = copy_of(chain, tmp_path / name, *STAGES[STAGES.index(stage) :])
+        words = ("--stage", stage, "--out", run, *flags[stage], "--validations", 2, "--save-every", 1, "--parallel", "fsdp")
+        if name == "killed":
+            launch = (*TORCHRUN[:-1], 2, "tests/killed.py")
+            command(*launch, *words, program="-m", expect=1, timeout=180, env={"KILL": {"rm": "work:150", "ppo": "work:450"}[stage]})
+            assert list((run / stage).rglob("step-*"))
+            words = (*words, "--resume")
+        under_torchrun(*words)
+        folders = [run / stage, *sorted((run / stage).glob("fold-*"))]
+        weights = {str(path.relative_to(run)): sha256(path) for path in sorted((run / stage).rglob("model.safetensors"))}
+        ends[name] = [metrics(folder) for folder in folders], weights
+    assert ends["killed"] == ends["whole"]
