@@ -140,12 +140,17 @@ def faults(place: Path) -> list[str]:
 # ---- weights and moments, to bytes and back
 
 
-def training_bytes(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, bytes]:
-    """Weights and optimiser state as safetensors: a collective call where they are sharded."""
+def training_bytes(model: nn.Module, optimiser: torch.optim.Optimizer, is_main: bool) -> dict[str, bytes]:
+    """Weights and optimiser state as safetensors, on the main process alone: a collective call where they are sharded."""
+
+    def gathered(tensor: Tensor) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        return tensor.cpu() if is_main else None
+
     named = dict(bare(model).named_parameters())
-    weights = {name: whole(p.detach()).cpu() for name, p in named.items()}
-    moments = {f"{name}.{what}": whole(value).cpu() for name, p in named.items() for what, value in optimiser.state.get(p, {}).items()}
-    return {f"{name}.safetensors": save(tensors) for name, tensors in zip(TENSORS, (weights, moments), strict=True)}
+    weights = {name: gathered(p) for name, p in named.items()}
+    moments = {f"{name}.{what}": gathered(value) for name, p in named.items() for what, value in optimiser.state.get(p, {}).items()}
+    return {f"{name}.safetensors": save(tensors) for name, tensors in zip(TENSORS, (weights, moments), strict=True)} if is_main else {}
 
 
 @torch.no_grad()
@@ -281,7 +286,7 @@ class Saving:
         signals[self.world.rank] = self.signal
         came = int(self.world.total(signals).max())
         if came or self.every and (finished or step % self.every == 0):
-            self.save(step, training_bytes(model, optimiser), metrics, state | {"finished": finished})
+            self.save(step, training_bytes(model, optimiser, self.world.is_main), metrics, state | {"finished": finished})
         if came:
             name, place = signal.Signals(came).name, self.folder / CHECKPOINTS / f"step-{step:08d}"
             error = Interrupted(f"{name}: stopped after {step} steps, which are saved in {place}; go on with --resume")
