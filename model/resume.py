@@ -200,7 +200,6 @@ class Saving:
     world: World | None = None
     every: int = 0
     most: int = 2
-    resume: bool = False
     failures: Path | None = None
     describe: Callable[[object], dict] = lambda row: {"id": row.id}
     signal: int = 0  # the first that came
@@ -209,18 +208,17 @@ class Saving:
     def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> dict:
         """The loop's state as `save` was given it, with model, optimiser, metrics and kept files as they were then; {} at the start.
 
-        Falls back to an older checkpoint where the newest is damaged, and says so; raises CheckpointError where none is whole.
+        There are checkpoints only where `begin_stage` lets a run go on. Falls back to an older one where the newest is damaged, and says
+        so; raises CheckpointError where none is whole, ResourceError where the disk has too little room for what is to come.
         """
         if self.folder is None:
-            return {}
-        if not self.resume:
-            self.check_space(sum(p.numel() for p in model.parameters()))
             return {}
         step, broken = self.newest_whole() if self.world.is_main else (0, 0)
         step, broken = map(int, self.world.total([step, broken]))
         if broken:
             raise CheckpointError(f"{self.folder / CHECKPOINTS}: no checkpoint is whole; remove {self.folder} to make the stage anew")
         if step < 0:
+            self.check_space(sum(p.numel() for p in model.parameters()))
             self.go_back_to(None, metrics, {})
             return {}
         place = self.folder / CHECKPOINTS / f"step-{step:08d}"

@@ -107,7 +107,7 @@ class Run:
         """How a training loop in `folder` saves itself; every: steps between checkpoints where the flag does not say."""
         flags = take_flags(SavingFlags, self.given)
         every = every if flags.save_every is None else flags.save_every
-        return Saving(folder, self.world, every, flags.keep, self.flags.resume, self.folder / "failures", text.describe)
+        return Saving(folder, self.world, every, flags.keep, self.folder / "failures", text.describe)
 
     def say(self, text: str) -> None:
         if self.world.is_main:

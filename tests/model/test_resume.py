@@ -82,12 +82,12 @@ def whole(tmp_path_factory):
 def test_a_loop_goes_on_as_if_nothing_had_been(tmp_path, whole, name, stop_at):
     assert run(tmp_path, name, stop_at) is None
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-{step:08d}" for step in (2, 4) if step <= stop_at]
-    assert equal(run(tmp_path, name, resume=True), whole[name])
+    assert equal(run(tmp_path, name), whole[name])
 
 
 def test_saving_changes_nothing_and_a_finished_loop_is_not_run_again(tmp_path, whole):
     assert equal(run(tmp_path), whole["sft"])
-    _, best, logged, files = run(tmp_path, resume=True, stop_at=0)
+    _, best, logged, files = run(tmp_path, stop_at=0)
     assert (best, logged, files) == whole["sft"][1:]
 
 
@@ -102,7 +102,7 @@ def test_patience_and_the_best_survive(tmp_path, monkeypatch):
             run(tmp_path, stop_at=5, most=9)
             assert json.loads((tmp_path / "checkpoints/step-00000004/state.json").read_text())["since_best"] == 1
         else:
-            _, best, logged, _ = run(tmp_path, resume=True)
+            _, best, logged, _ = run(tmp_path)
             assert best == {"loss": 1.0, "step": 1} and logged[-1] == {"step": 5, "valid_loss": 2.5}
 
 
@@ -111,7 +111,7 @@ def test_the_best_weights_are_those_of_the_checkpoint(tmp_path, whole):
     run(tmp_path, stop_at=5)
     (tmp_path / "model.safetensors").write_bytes(b"later")
     (tmp_path / "snapshot-00099").mkdir()
-    assert equal(run(tmp_path, resume=True), whole["sft"]) and not (tmp_path / "snapshot-00099").exists()
+    assert equal(run(tmp_path), whole["sft"]) and not (tmp_path / "snapshot-00099").exists()
 
 
 def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, whole, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, whole, monk
         run(tmp_path, every=0)
     assert stopped.value.code == 143 and (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.undo()
-    assert equal(run(tmp_path, every=0, resume=True), whole["sft"])
+    assert equal(run(tmp_path, every=0), whole["sft"])
 
 
 @pytest.mark.parametrize("function", ["replace", "rename", "fsync"])

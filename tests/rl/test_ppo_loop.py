@@ -241,7 +241,7 @@ def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, st
                 best = train_ppo(
                     model, ref, Count(5), prompts_of(12), flags, SAMPLING, same_start=True, seed=0, world=ALONE, metrics=Metrics(path),
                     validate=lambda given=given: {"objective": next(given)}, keep=lambda name: None,
-                    saving=Saving(folder, ALONE, every=1, resume=done > 0),
+                    saving=Saving(folder, ALONE, every=1),
                 )  # fmt: skip
             except Stopped:
                 continue
