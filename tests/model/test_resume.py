@@ -101,9 +101,12 @@ def test_patience_and_the_best_survive(tmp_path, monkeypatch):
         if resumed:
             run(tmp_path, stop_at=5, most=9)
             assert json.loads((tmp_path / "checkpoints/step-00000004/state.json").read_text())["since_best"] == 1
+            best_weights = (tmp_path / "model.safetensors").read_bytes()
+            (tmp_path / "model.safetensors").write_bytes(b"of a step that is taken again")
         else:
             _, best, logged, _ = run(tmp_path)
             assert best == {"loss": 1.0, "step": 1} and logged[-1] == {"step": 5, "valid_loss": 2.5}
+            assert (tmp_path / "model.safetensors").read_bytes() == best_weights
 
 
 def test_the_best_weights_are_those_of_the_checkpoint(tmp_path, whole):
