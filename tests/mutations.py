@@ -123,7 +123,7 @@ MUTATIONS = [
         ("a gradient that is not finite passes", "model/optim.py", "    if not math.isfinite(norm):", "    if False:", FIT),
         ("the schedule reaches one group alone", "model/optim.py",
          "for group in optimiser.param_groups:", "for group in optimiser.param_groups[:1]:", FIT),
-        ("decay on vectors too", "model/optim.py", 'if p.dim() < 2], "weight_decay": 0.0}', 'if p.dim() < 2], "weight_decay": weight_decay}', FIT),
+        ("decay on vectors too", "model/optim.py", 'decays[False], "weight_decay": 0.0}', 'decays[False], "weight_decay": weight_decay}', FIT),
         ("losses not multiplied by the number of processes", "model/fit.py", "world.size / count if part", "1 / count if part", RANKS),
         ("gradients not exchanged", "model/parallel.py",
          "if isinstance(model, DistributedDataParallel) and not last:", "if isinstance(model, DistributedDataParallel):", RANKS),

