@@ -195,7 +195,7 @@ MUTATIONS = [
         ("resume: later snapshots stay", "model/resume.py",
          "                shutil.rmtree(path)\n        metrics", "                pass\n        metrics", RESUME),
         ("resume: the KL coefficient not kept", "rl/ppo.py", "best=best, kl_coef=kl_coef, warned", "best=best, kl_coef=flags.kl_coef, warned", LOOP),
-        ("resume: the rows begin again", "rl/ppo.py", "chosen = steps[iteration]", "chosen = steps[0]", LOOP),
+        ("every round the first one's prompts", "rl/ppo.py", "chosen = steps[iteration]", "chosen = steps[0]", LOOP),
         ("save: the old one goes first", "model/resume.py",
          "    try:\n        for name, raw in contents.items():",
          "    for old in checkpoints(home):\n        discard(old)\n    try:\n        for name, raw in contents.items():", RESUME),

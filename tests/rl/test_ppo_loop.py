@@ -221,7 +221,7 @@ class Stopped(Exception):
 def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, stop_at):
     """With its adaptive coefficient, its best objective, and without telling of a collapse twice."""
     flags = replace(LEARN, iterations=4, validations=2, prompts_per_iteration=8, minibatch=8, kl_target=0.01, kl_horizon=40.0)
-    outcomes = {}
+    outcomes, shown = {}, []
     for name, stops in (("whole", [None]), ("stopped", [stop_at, None])):
         folder, objectives = tmp_path / name, {-1: 1.0, 1: 3.0, 3: 2.0}
         folder.mkdir()
@@ -233,6 +233,7 @@ def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, st
             def sampling(*args, rounds=rounds, stop=stop, **more):
                 if next(rounds) == stop:
                     raise Stopped
+                shown.append(str(args[3]))
                 return roll_out(*args, **more)
 
             monkeypatch.setattr(ppo, "roll_out", sampling)
@@ -247,6 +248,7 @@ def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, st
                 continue
             lines = [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
             outcomes[name] = best, lines, weights(model)
+    assert len(set(shown[:4])) == 4 and shown[-1] == shown[3]  # every round its own prompts, also after a stop
     assert outcomes["stopped"][:2] == outcomes["whole"][:2]
     assert all(torch.equal(tensor, outcomes["whole"][2][name]) for name, tensor in outcomes["stopped"][2].items())
     assert len({line["kl_coef"] for line in outcomes["whole"][1] if "kl_coef" in line}) == 4 and outcomes["whole"][0] == {"objective": 3.0, "step": 1}
