@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from data.batches import PairRow, encode_prompt, stable_hash
-from data.errors import CheckpointError, DataError, Stop, UsageError
+from data.errors import CheckpointError, DataError, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
 from data.flags import add_flags, flag, take_flags, typed_names
@@ -45,13 +45,14 @@ from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
 from model.optim import BY_SIZE, for_size
-from model.parallel import ALONE, DeviceFlags, bare, distribute, start, stop
+from model.parallel import ALONE, DeviceFlags, bare, distribute, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
+from model.resume import SavingFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import check_first_preference_step, has_left_reference, sampled_kl
-from rl.ppo import PpoFlags, check_ppo_flags, summary, train_ppo
+from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
 
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
@@ -184,6 +185,7 @@ def sft_stage(run: Run) -> None:
         results |= fit(
             model, objective, rows["train"], rows["validation"], flags,
             stage="sft", seed=run.flags.seed, world=run.world, metrics=metrics, keep=partial(text.save, model, folder, run.world),
+            saving=run.saving(folder, text),
         )  # fmt: skip
         run.say(f"  best validation loss {results['loss']:.3f} nats per token, at step {results['step']}")
 
@@ -208,6 +210,7 @@ def rm_stage(run: Run) -> None:
                 best = fit(
                     model, reward_objective(pad_id, world.device), rows, validation, flags,
                     stage=name, seed=run.flags.seed, world=world, metrics=numbers, keep=partial(text.save, model, where, world),
+                    saving=run.saving(where, text),
                 )  # fmt: skip
             world.barrier()
             return distribute(text.load(where, ScalarModel), world, frozen=True), best
@@ -311,7 +314,7 @@ def dpo_stage(run: Run) -> None:
         results |= fit(
             model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device), train, validation, flags,
             stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
-            at_first=at_first, at_validation=watch,
+            saving=run.saving(folder, text), at_first=at_first, at_validation=watch,
         )  # fmt: skip
         results["healthy"] = results["kl_ref_seq"] <= flags.max_kl and results["chosen_fall"] <= flags.max_fall
         run.say(
@@ -367,6 +370,7 @@ def ppo_stage(run: Run) -> None:
         ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
         how = sampling(text, flags, *scale)
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
+        saving = run.saving(folder, text, every=10)
 
         def validate() -> dict[str, float]:
             """Means over the validation prompts' responses, and the objective that decides which weights are kept."""
@@ -378,6 +382,7 @@ def ppo_stage(run: Run) -> None:
             )  # fmt: skip
             rollout = Rollout(*(getattr(rollout, field.name)[: len(keys)] for field in dataclasses.fields(Rollout)))
             numbers = summary(rollout, world)
+            check_rollout(numbers, rollout, "ppo, validation", False, world, saving)
             return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
 
         def keep(snapshot: str) -> None:
@@ -390,6 +395,7 @@ def ppo_stage(run: Run) -> None:
         results |= train_ppo(
             model, ref, reward_model, prompts, flags, how,
             same_start=same_start, seed=run.flags.seed, world=world, metrics=metrics, validate=validate, keep=keep,
+            saving=saving,
         )  # fmt: skip
         run.say(f"  best at iteration {results['step']}: score {results['score']:.2f}, KL to the reference {results['kl_ref_seq']:.2f}")
 
@@ -444,7 +450,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
     )
     parser.add_argument("--stage", choices=tuple(STAGES), help="what to run")
-    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *((ModelFlags,) if stage in ("sft", "mpo") else ()), PlanFlags):
+    own = ((ModelFlags,) if stage in ("sft", "mpo") else ()) + (() if stage in ("tokenizer", "split") else (SavingFlags,))
+    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own, PlanFlags):
         add_flags(parser, group)
     for name in CHAIN if stage == "mpo" else (stage,):
         for group in STAGE_FLAGS[name]:
@@ -454,6 +461,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 
 def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
+    if (take_flags(SavingFlags, run.given).save_every or 0) < 0:
+        raise UsageError("--save-every: must be 0 or more")
     for name in CHAIN if stage == "mpo" else (stage,):
         prefix = f"{name}-" if run.chain else ""
         for group in STAGE_FLAGS[name]:
@@ -495,18 +504,14 @@ def main(arguments: list[str]) -> None:
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
     check_flags(run, stage)
+    if flags.resume and not any(run.folder.glob("*/")):
+        raise UsageError(f"--resume: there is nothing in {run.folder} to go on with; leave the flag out")
     makes_data = stage in ("tokenizer", "mpo")  # every other stage needs the tokenizer first, and must not choose the data by accident
     if world.is_main and (makes_data or (run.folder / "data" / MANIFEST).exists()):
-        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed)
+        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed, flags.resume)
     world.barrier()
     STAGES[stage](run)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Stop as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    finally:
-        stop()
+    sys.exit(exit_code(main, sys.argv[1:]))

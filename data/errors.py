@@ -1,4 +1,4 @@
-"""The five ways a run can stop, each with its exit code.
+"""The six ways a run can stop, each with its exit code.
 
 A message says what was wrong, where (file:line, flag, row, rank) and what to do about it. `train.py` and `eval.py` print the message
 without a traceback and exit with the code; anything that is not a `Stop` is a defect of this program and shows its traceback (code 1).
@@ -9,6 +9,7 @@ without a traceback and exit with the code; anything that is not a `Stop` is a d
     4     CheckpointError  weights, tokenizer or manifest that do not fit or were damaged
     5     NumericalError   a number that is not finite, or a broken invariant of the algorithm
     6     ResourceError    disk, memory, a vanished folder
+    130   Interrupted      Ctrl-C; 143 after SIGTERM, as shells have it
 """
 
 
@@ -36,3 +37,7 @@ class NumericalError(Stop):
 
 class ResourceError(Stop):
     code = 6
+
+
+class Interrupted(Stop):
+    code = 130

@@ -15,7 +15,7 @@ from data.errors import DataError, UsageError
 from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
-from data.run import begin_stage, finish_stage, open_stage
+from data.run import begin_stage, finish_stage, locked, open_stage
 from data.synthetic import WORLDS, write_world
 
 PARTS = ("train", "validation", "test")
@@ -45,8 +45,9 @@ class WorldFlags:
     annotator_bias: float = flag(0.0, "how much a built-in world's annotator cares for what the true reward does not")
 
 
-def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int) -> None:
-    """Makes `folder` (DIR/data), or checks that it was made with the same flags; `given`: names of the flags that the user typed.
+def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False) -> None:
+    """Makes `folder` (DIR/data), or checks that it was made with the same flags; `given`: names of the flags that the user typed;
+    resume: data that a stopped run left half-made is made anew.
 
     Raises UsageError where a flag differs from the one the data was made with, DataError for rows (data/examples.py) and empty parts.
     """
@@ -66,12 +67,13 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         raise UsageError(f"--flip-rate {world_flags.flip_rate}: must lie within 0 and 1")
     if flags.skip_bad_rows < 0:
         raise UsageError(f"--skip-bad-rows {flags.skip_bad_rows}: must be 0 or more")
-    begin_stage(folder, described, {})
-    try:
-        make_data(folder, flags, world_flags, seed, described)
-    except (UsageError, DataError):
-        shutil.rmtree(folder)  # nothing of value is in it, and the corrected command can simply be run
-        raise
+    with locked(folder):
+        begin_stage(folder, described, {}, resume)
+        try:
+            make_data(folder, flags, world_flags, seed, described)
+        except (UsageError, DataError):
+            shutil.rmtree(folder)  # nothing of value is in it, and the corrected command can simply be run
+            raise
 
 
 def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int, described: dict) -> None:

@@ -1,14 +1,20 @@
 """A run's folder: one folder per stage, each with a manifest that is written last.
 
 A stage folder counts only once `manifest.json` stands in it: stage, flags, parents by digest, what was measured, and the digest of every
-file. So a stage that stopped half-way is never picked up by a later one. `metrics.jsonl` has one JSON object per step; numbers that
-differ between two equal runs (seconds) stand under the key "time" alone.
+file. So a stage that stopped half-way is never picked up by a later one; with `--resume` it goes on from its checkpoints
+(model/resume.py). One process at a time works in a folder. `metrics.jsonl` has one JSON object per step; numbers that differ between two
+equal runs (seconds) stand under the key "time" alone.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import platform
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError, UsageError
@@ -16,33 +22,92 @@ from data.files import digest, read_json, weight_files, weights_digest, write_js
 
 MANIFEST = "manifest.json"  # the last file of a stage's folder
 FLAGS = "flags.json"  # its first: flags and parents, which are its key
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"  # what a training loop goes on from; removed once the stage is finished
 
 
-def begin_stage(folder: Path, flags: dict, parents: dict[str, Path]) -> bool:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the file `.NAME.lock` beside `folder`, so that two processes never write there. The kernel takes the lock from a process that
+    dies, however it dies, so a file that one left behind is no obstacle.
+
+    Raises UsageError where a living process holds it, ResourceError where the place cannot be written.
+    """
+    path = lock_of(folder)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, "a+"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    break  # else its holder ended and removed it in between
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UsageError(f"{folder}: {file.read() or 'another process'} is at work here; wait for it, or choose another --out") from error
+            except OSError as error:
+                raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+        file.seek(0)
+        if left := file.read():
+            print(f"note: {path} was left by {left}, which is dead; it is taken over")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock_of(folder: Path) -> Path:
+    return Path(folder).with_name(f".{Path(folder).name}.lock")
+
+
+def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: bool = False) -> bool:
     """Makes a stage's folder and writes its key: flags, and parents by the digest of their manifests. False where the stage is finished
     with the same key, and so need not run.
 
-    Raises UsageError where the folder holds a finished run with another key, or an unfinished one; ResourceError where it cannot be written.
+    resume: an unfinished run with the same key is gone on with. Raises UsageError where the folder holds an unfinished run otherwise, or a
+    finished one with another key; CheckpointError where the run to resume has another key; ResourceError where it cannot be written.
     """
     folder = Path(folder)
     key = {"flags": flags, "parents": {name: parent_key(path) for name, path in parents.items()}}
     key = json.loads(json.dumps(key))  # as it will be read back: a tuple is a list there
     way_out = "choose another --out, or remove the folder to make it anew"
     if (folder / MANIFEST).exists():
-        made = read_json(folder / MANIFEST)
-        differences = [
-            f"{name} was {made[group].get(name)}, is {key[group].get(name)}"
-            for group in key
-            for name in sorted({*made[group], *key[group]})
-            if identity(made[group].get(name)) != identity(key[group].get(name))
-        ]
-        if differences:
-            raise UsageError(f"{folder}: finished with other settings ({'; '.join(differences)}); {way_out}")
+        if differences := key_differences(read_json(folder / MANIFEST), key):
+            raise (CheckpointError if resume else UsageError)(f"{folder}: finished with other settings ({differences}); {way_out}")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that died just after its last word
         return False
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder}: holds an unfinished run; {way_out}")
-    write_json(folder / FLAGS, key)
+        if not resume:
+            raise UsageError(f"{folder}: holds an unfinished run; add --resume to go on with it, {way_out}")
+        if (folder / FLAGS).exists() and (differences := key_differences(read_json(folder / FLAGS), key)):
+            raise CheckpointError(f"{folder}: was begun with other settings ({differences}); resume it with those, or choose another --out")
+        clear_unfinished(folder)
+    if not (folder / FLAGS).exists():
+        write_json(folder / FLAGS, key)
     return True
+
+
+def key_differences(made: dict, key: dict) -> str:
+    """How a stage's key differs from the one that it was made with; nothing where it does not."""
+    return "; ".join(
+        f"{name} was {made[group].get(name)}, is {key[group].get(name)}"
+        for group in key
+        for name in sorted({*made[group], *key[group]})
+        if identity(made[group].get(name)) != identity(key[group].get(name))
+    )
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes from an unfinished stage what cannot be gone on with: half-written files; without any checkpoint, everything."""
+    if not any(any(path.glob("step-*")) for path in folder.rglob(CHECKPOINTS)):
+        print(f"warning: {folder}: there is no checkpoint yet; the stage begins anew")
+        shutil.rmtree(folder)
+        return
+    for path in [*folder.rglob(".*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def identity(entry):
@@ -68,9 +133,9 @@ def code_version() -> str:
 
 
 def finish_stage(folder: Path, stage: str, results: dict) -> None:
-    """Writes the manifest, which makes the folder count. `results`: numbers worth keeping."""
+    """Writes the manifest, which makes the folder count, and removes the checkpoints. `results`: numbers worth keeping."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and CHECKPOINTS not in p.relative_to(folder).parts)
     manifest = {
         "stage": stage,
         **read_json(folder / FLAGS),
@@ -79,6 +144,8 @@ def finish_stage(folder: Path, stage: str, results: dict) -> None:
         "versions": {"code": code_version(), "python": platform.python_version()},
     }
     write_json(folder / MANIFEST, manifest)
+    for path in [*folder.rglob(CHECKPOINTS)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict:
@@ -106,7 +173,7 @@ class Metrics:
     """Appends one JSON object per call to a file; `None` for a path writes nothing (the other processes of a run)."""
 
     def __init__(self, path: Path | None):
-        self.file = None
+        self.path, self.file = path, None
         if path is not None:
             try:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +189,23 @@ class Metrics:
             self.file.close()
 
     def log(self, **numbers) -> None:
-        """Writes one line. Floats that JSON cannot hold become null."""
+        """Writes one line; raises ResourceError where the disk refuses it. Floats that JSON cannot hold become null."""
         if self.file:
             clean = {k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in numbers.items()}
-            self.file.write(json.dumps(clean) + "\n")
+            try:
+                self.file.write(json.dumps(clean) + "\n")
+            except OSError as error:
+                raise ResourceError(f"{self.path}: cannot be written ({error.strerror}); free space there, then go on with --resume") from error
+
+    def written(self) -> bytes:
+        """All lines so far."""
+        return Path(self.path).read_bytes() if self.file else b""
+
+    def go_back(self, content: bytes) -> None:
+        """Makes these all the lines so far: what a checkpoint had, without the steps that are about to be taken again."""
+        if self.file:
+            self.file.truncate(0)
+            self.file.write(content.decode())
 
 
 def as_flags(*groups) -> dict:

@@ -19,6 +19,7 @@ from data.flags import flag
 from data.run import Metrics
 from model.optim import clipped_step, lr_at, make_optimiser
 from model.parallel import World, gradient_sync
+from model.resume import Saving
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,13 @@ class Objective:
     weight: Callable[[object], int] = lambda row: 1
 
 
-def train_step(model: nn.Module, objective: Objective, rows: Sequence, micro_batch: int, world: World) -> dict[str, float]:
-    """Gradients of the step's mean loss over all rows, processes and micro-batches; returns the mean loss and metrics."""
+def train_step(
+    model: nn.Module, objective: Objective, rows: Sequence, micro_batch: int, world: World, suspects: list | None = None
+) -> dict[str, float]:
+    """Gradients of the step's mean loss over all rows, processes and micro-batches; returns the mean loss and metrics.
+
+    suspects: takes this process's rows whose micro-batch has a number that is not finite.
+    """
     count = sum(objective.weight(row) for row in rows)
     sums: dict[str, float] = {}
     micro_batches = share_out(rows, world.rank, world.size, micro_batch)
@@ -58,6 +64,8 @@ def train_step(model: nn.Module, objective: Objective, rows: Sequence, micro_bat
         with gradient_sync(model, last=index + 1 == len(micro_batches)):
             (total * (world.size / count if part else 0.0)).backward()
         add_up(sums, {"loss": total.detach(), **metrics}, bool(part))
+        if suspects is not None and not all(math.isfinite(value) for value in (total.detach(), *metrics.values())):
+            suspects += part
     return mean_over_ranks(sums, count, world)
 
 
@@ -97,6 +105,7 @@ def fit(
     world: World,
     metrics: Metrics,
     keep: Callable[[str], None],
+    saving: Saving | None = None,
     at_first: Callable[[dict], None] = lambda numbers: None,
     at_validation: Callable[[dict], bool] = lambda numbers: False,
 ) -> dict[str, float]:
@@ -105,8 +114,9 @@ def fit(
 
     at_first(numbers) sees the first step's metrics before any weight moves; at_validation(numbers) may add to a validation's numbers and
     ends training by returning True, before keep(). Returns the best validation's numbers with its step. Raises NumericalError as soon as
-    a loss or gradient is not finite.
+    a loss or gradient is not finite, Interrupted after a signal.
     """
+    saving = saving or Saving()
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
     steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
     every = math.ceil(len(steps) / flags.validations)
@@ -121,33 +131,48 @@ def fit(
         metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
         return {**checked, "step": step}, stop
 
-    best, _ = look(-1)
-    keep("")
-    since_best = 0
-    bar = tqdm(steps, desc=stage, disable=not world.is_main, mininterval=1.0)
-    for step, indices in enumerate(bar):
-        model.train()
-        where = f"{stage}, step {step}"
-        numbers = train_step(model, objective, [rows[i] for i in indices], flags.micro_batch, world)
+    def take(step: int, part: list) -> float:
+        """One optimiser step on these rows, and its line; their mean loss."""
+        where, suspects = f"{stage}, step {step}", []
+        numbers = train_step(model, objective, part, flags.micro_batch, world, suspects)
         if not all(map(math.isfinite, numbers.values())):
-            ids = ", ".join(str(rows[i].id) for i in indices[:5])
-            raise NumericalError(f"{where}: {numbers} is not finite; the weights are as they were; rows {ids}, ...")
+            raise saving.not_finite(where, broken_names(numbers), suspects, world)
         if step == 0:
             at_first(numbers)
         lr = lr_at(step, len(steps), flags.lr, flags.warmup)
-        norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        try:
+            norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        except NumericalError as error:
+            raise NumericalError(f"{error}; rows {', '.join(row.id for row in part[:5])}, ...{saving.dump(where, part, world)}") from error
         metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, time=time.perf_counter() - began)
-        bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
-        if (step + 1) % every == 0 or step + 1 == len(steps):
-            checked, stop = look(step)
-            if flags.snapshots:
-                keep(f"snapshot-{step + 1:05d}")
-            if stop:
-                break
-            since_best += 1
-            if checked["loss"] < best["loss"]:
-                best, since_best = checked, 0
-                keep("")
-            if since_best >= flags.patience:
-                break
+        return numbers["loss"]
+
+    state = saving.restore(model, optimiser, metrics)
+    if not state:
+        best, _ = look(-1)
+        keep("")
+        state = {"step": 0, "best": best, "since_best": 0, "finished": False}
+    taken, best, since_best, finished = (state[name] for name in ("step", "best", "since_best", "finished"))
+    bar = tqdm(total=len(steps), initial=taken, desc=stage, disable=not world.is_main, mininterval=1.0)
+    with bar, saving.heeding_signals():
+        while not finished:
+            model.train()
+            bar.set_postfix(loss=f"{take(taken, [rows[i] for i in steps[taken]]):.4f}", refresh=False)
+            taken, finished = taken + 1, taken + 1 == len(steps)
+            bar.update()
+            if taken % every == 0 or finished:
+                checked, stop = look(taken - 1)
+                if flags.snapshots:
+                    keep(f"snapshot-{taken:05d}")
+                since_best += 1
+                if not stop and checked["loss"] < best["loss"]:
+                    best, since_best = checked, 0
+                    keep("")
+                finished = finished or stop or since_best >= flags.patience
+            saving.after(taken, model, optimiser, metrics, best=best, since_best=since_best, finished=finished)
     return best
+
+
+def broken_names(numbers: dict[str, float]) -> str:
+    """The names of those numbers that are not finite."""
+    return ", ".join(name for name, value in numbers.items() if not math.isfinite(value))

@@ -7,8 +7,12 @@ multiplied by their number first: the sum over processes comes out.
 
 import contextlib
 import os
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.errors import UsageError
+from data.errors import ResourceError, Stop, UsageError
 from data.flags import flag
+from model.memory import is_shortage, shortage
 from model.transformer import Layer, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +34,7 @@ class DeviceFlags:
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
+    rank_timeout: int = flag(600, "seconds that processes wait for one of them before all end", positive=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def start(flags: DeviceFlags) -> World:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=flags.rank_timeout))
     return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations)
 
 
@@ -113,6 +119,52 @@ def fill(model: nn.Module, device: torch.device) -> nn.Module:
             setattr(part.get_submodule(owner), leaf, placed[id(empty)][1])
         del part.read  # and with it the mapped files
     return model.to(device)
+
+
+def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Runs a program to its end: 0, or the code of the `Stop` whose message it prints; what is neither that nor a shortage of memory nor the
+    end of another process is a defect, and is raised.
+
+    torchrun notes which process failed first, and prints that one's error last, after it has ended the others.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record  # here, since it takes time that most runs need not spend
+
+        program = record(partial(patient, program))
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    try:
+        program(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print(f"error: {rank}interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        stopped = error if isinstance(error, Stop) else shortage(error) if is_shortage(error) else lost_contact(error)
+        if stopped is None:
+            raise
+        print(f"error: {rank}{stopped}", file=sys.stderr)
+        return stopped.code
+    finally:
+        stop()
+
+
+def patient(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """The program; where it stops because another process did, torchrun is given time to see that one's end first."""
+    try:
+        program(arguments)
+    except Exception as error:
+        if lost_contact(error):
+            time.sleep(5)
+        raise
+
+
+def lost_contact(error: Exception) -> ResourceError | None:
+    """What to say of an error that comes from another process's end or silence; None for any other."""
+    if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "timed out", "Timed out", "Timeout")):
+        return None
+    return ResourceError(
+        f"another process has ended, or was silent for --rank-timeout ({str(error).splitlines()[0][:200]}); its own error is the cause"
+    )
 
 
 def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Module:

@@ -116,17 +116,23 @@ def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[
     """compute() -> (N, columns), kept in `folder` under a name made of `key` and the row ids; read back when both are the same.
 
     key: everything that changes the numbers (digest of the weights, tokenizer, limits, dtype). Raises CheckpointError where a kept file
-    does not have exactly these rows.
+    does not have exactly these rows, or was changed.
     """
     name = hashlib.sha256(json.dumps([key, list(ids)], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"reference-{name}.json"
     if path.exists():
         kept = read_json(path)
         missing = sorted(set(ids) - set(kept["logps"]))
-        if missing or kept["key"] != json.loads(json.dumps(key)):
+        if missing or kept["key"] != json.loads(json.dumps(key)) or kept.get("sha256") != sha256_of(kept["logps"]):
             raise CheckpointError(f"{path}: not the cache its name says (missing rows: {missing[:5]}); remove it, it will be made anew")
         return np.array([kept["logps"][row] for row in ids])
     values = compute()
     if is_main:
-        write_json(path, {"key": key, "logps": {row: list(map(float, value)) for row, value in zip(ids, values, strict=True)}})
+        logps = {row: list(map(float, value)) for row, value in zip(ids, values, strict=True)}
+        write_json(path, {"key": key, "sha256": sha256_of(logps), "logps": logps})
     return values
+
+
+def sha256_of(value) -> str:
+    """Digest of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

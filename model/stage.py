@@ -7,6 +7,7 @@ ends well.
 import contextlib
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.files import atomic_write, digest, write_json
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
-from data.run import FLAGS, MANIFEST, Metrics, begin_stage, finish_stage, open_stage
+from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import open_model, save_model
 from model.parallel import World
+from model.resume import Saving, SavingFlags, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class RunFlags:
     out: str = flag("runs/mpo", "folder of the run")
     seed: int = flag(0, "of everything random")
     quick: bool = flag(False, "smallest budgets that still go through everything")
+    resume: bool = flag(False, "go on with the run that was stopped in --out, as if it had not been")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Run:
     given: dict
     chain: bool
     budgets: dict[str, dict]  # stage -> defaults that replace the flags' own
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # the lock on the stage at work
 
     def take(self, stage: str, group):
         """A stage's flags, from what was typed and the stage's defaults."""
@@ -62,9 +66,19 @@ class Run:
         return folder
 
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
-        """Whether a stage has to run: its folder is made and its flags are shown; or it is finished with the same key, and that is said."""
+        """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
+        same key, and that is said."""
         folder, flags = self.folder / name, flags | {"seed": self.flags.seed}
-        finished = self.world.any(self.world.is_main and not begin_stage(folder, flags, parents))
+        finished = False
+        with contextlib.ExitStack() as lock:
+            if self.world.is_main:
+                if self.flags.resume and not self.chain and not (folder.is_dir() and any(folder.iterdir())):
+                    raise UsageError(f"--resume: there is nothing in {folder} to go on with; leave the flag out")
+                if not (folder / MANIFEST).exists() or lock_of(folder).exists():  # a finished run may lie where nothing can be written
+                    lock.enter_context(locked(folder))
+                finished = not begin_stage(folder, flags, parents, self.flags.resume)
+            self.held.push(lock.pop_all())
+        finished = self.world.any(finished)
         shown = " ".join(f"{key}={value}" for key, value in flags.items() if value is not None)
         self.say(f"\n[{name}] is finished already, in {folder}" if finished else f"\n[{name}] {shown}")
         return not finished
@@ -73,18 +87,27 @@ class Run:
     def stage(self, name: str) -> Iterator[tuple[Path, Metrics, dict]]:
         """A stage's folder, metrics and dict of results, which make the manifest when the block ends well."""
         folder, results, began = self.folder / name, {}, time.perf_counter()
-        try:
-            with Metrics(folder / "metrics.jsonl" if self.world.is_main else None) as metrics:
-                yield folder, metrics, results
-        except Stop:
+        with self.held:
+            try:
+                with Metrics(folder / METRICS if self.world.is_main else None) as metrics:
+                    yield folder, metrics, results
+            except BaseException as error:
+                if isinstance(error, Stop) and self.world.is_main:
+                    leave_no_trace(folder)
+                if place := last_checkpoint(folder):
+                    print(f"the last checkpoint is {place}; --resume goes on from the last good one", file=sys.stderr)
+                raise
+            self.world.barrier()
             if self.world.is_main:
-                leave_no_trace(folder)
-            raise
-        self.world.barrier()
-        if self.world.is_main:
-            finish_stage(folder, name, results)
+                finish_stage(folder, name, results)
         self.say(f"[{name}] made {folder} in {time.perf_counter() - began:.0f} s")
         self.world.barrier()
+
+    def saving(self, folder: Path, text: "Text", every: int = 100) -> Saving:
+        """How a training loop in `folder` saves itself; every: steps between checkpoints where the flag does not say."""
+        flags = take_flags(SavingFlags, self.given)
+        every = every if flags.save_every is None else flags.save_every
+        return Saving(folder, self.world, every, flags.keep, self.folder / "failures", text.describe)
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -93,7 +116,7 @@ class Run:
 
 def leave_no_trace(folder: Path) -> None:
     """Removes a stage's folder in which nothing was made yet, so that the corrected command can simply be run."""
-    if not any(path.stat().st_size for path in folder.iterdir() if path.name != FLAGS):
+    if folder.exists() and not any(path.stat().st_size for path in folder.iterdir() if path.name != FLAGS):
         shutil.rmtree(folder)
 
 
@@ -114,6 +137,14 @@ class Text:
         if world.is_main:
             atomic_write(folder / "tokenizer.model", self.path.read_bytes())
             write_json(folder / "tokenizer_config.json", self.tokenizer.transformers_config())
+
+    def describe(self, row: Row | PairRow) -> dict[str, str]:
+        """A row's id and texts, for people."""
+        if isinstance(row, PairRow):
+            texts = {"prompt": row.chosen.prompt, "chosen": row.chosen.response, "rejected": row.rejected.response}
+        else:
+            texts = {"prompt": row.prompt, "response": row.response}
+        return {"id": row.id} | {name: self.tokenizer.decode(list(ids)) for name, ids in texts.items()}
 
     def load(self, folder: Path, kind, **options):
         """A model from a folder, opened but not read (`distribute` does that); raises CheckpointError where its tokenizer is another."""

@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batches import full_steps, step_indices
+from data.batches import Row, full_steps, step_indices
 from data.errors import NumericalError, UsageError
 from data.flags import flag
 from data.run import Metrics
 from losses.kl import check_kl_placement, k2, k3
 from losses.masked import masked_moments, masked_sum, merge_moments
 from losses.ppo import policy_loss, value_loss
+from model.fit import broken_names
 from model.optim import clipped_step, lr_at, make_optimiser
 from model.parallel import World, gradient_sync
+from model.resume import Saving
 from rl.gae import gae, whiten
 from rl.rewards import next_kl_coef, token_rewards
 from rl.rollout import Rollout, Sampling, roll_out
@@ -144,11 +146,13 @@ def update(
     flags: PpoFlags,
     seed: int,
     world: World,
+    saving: Saving | None = None,
 ) -> dict[str, float]:
     """All passes over one batch. lengths (N,): response tokens of every row of every process; row i lives on process i % size.
 
     Raises NumericalError when the very first ratio is not 1, or a number is not finite; weights are then as before that step.
     """
+    saving = saving or Saving()
     sums: dict[str, float] = {}
     tokens_seen = 0
     order = step_indices(len(lengths), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
@@ -160,6 +164,7 @@ def update(
         rounds = math.ceil(most / flags.micro_batch)
         count = int(lengths[chosen].sum())
         numbers: dict[str, float] = {}
+        suspects: list[int] = []  # this process's rows whose micro-batch has a number that is not finite
         largest = 0.0  # |log ratio| over this process's micro-batches
         for turn in range(rounds):
             rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
@@ -168,6 +173,8 @@ def update(
                 with world.autocast():
                     total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
                 (total * (world.size / count if counts else 0.0)).backward()
+            if counts and not all(map(math.isfinite, metrics.values())):
+                suspects += rows.tolist()
             drift = float(metrics.pop("largest_log_ratio"))
             largest = max(largest, drift if counts else 0.0)
             for name, value in metrics.items():
@@ -175,10 +182,15 @@ def update(
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
         where = f"ppo, iteration {iteration}, update {index}"
         if not all(map(math.isfinite, totals.values())):
-            raise NumericalError(f"{where}: {totals} is not finite; the weights are as they were before this update")
+            raise saving.not_finite(where, broken_names(totals), as_rows(batch.rollout, suspects, world), world)
         if index == 0:
             first_log_ratio = check_first_ratio(world, largest, where)
-        norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        try:
+            norm = clipped_step(model, optimiser, lr, flags.clip, where)
+        except NumericalError as error:
+            raise NumericalError(
+                f"{error}; responses {chosen[:5].tolist()}, ...{saving.dump(where, as_rows(batch.rollout, mine.tolist(), world), world)}"
+            ) from error
         totals["grad_norm"] = norm * count
         for name, value in totals.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -186,6 +198,16 @@ def update(
         if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
             break
     return {name: value / tokens_seen for name, value in sums.items()} | {"updates": index + 1, "first_ratio": math.exp(first_log_ratio)}
+
+
+def as_rows(rollout: Rollout, rows: Sequence[int], world: World) -> list[Row]:
+    """Some of this process's responses as rows, whose ids are their numbers among those of all processes."""
+    made = []
+    for row in rows:
+        prompt = rollout.lengths[row] - rollout.response_mask[row].sum()
+        ids = rollout.tokens[row, : rollout.lengths[row]].tolist()
+        made.append(Row(f"response {row * world.size + world.rank}", tuple(ids[:prompt]), tuple(ids[prompt:])))
+    return made
 
 
 def check_first_ratio(world: World, largest: float, where: str) -> float:
@@ -240,15 +262,18 @@ def train_ppo(
     metrics: Metrics,
     validate: Callable[[], dict[str, float]],
     keep: Callable[[str], None],
+    saving: Saving | None = None,
 ) -> dict[str, float]:
     """Trains a PolicyWithCritic on prompts (lists of ids) and keep("") saves the best so far by validation's "objective",
     keep("snapshot-...") one of a series that ends with the last. The model as it came in counts as step -1.
 
     same_start: policy and reference have the same weights, so the first KL must be 0. validate() -> numbers with "objective", on
-    prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails.
+    prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails,
+    Interrupted after a signal.
     """
+    saving = saving or Saving()
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
-    kl_coef, warned, began = flags.kl_coef, False, time.perf_counter()
+    began = time.perf_counter()
 
     def look(step: int) -> dict[str, float]:
         """Validation's numbers after an iteration."""
@@ -258,12 +283,9 @@ def train_ppo(
         metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
         return {**checked, "step": step}
 
-    best = look(-1)
-    keep("")
-    steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
-    every = math.ceil(len(steps) / flags.validations)
-    bar = tqdm(steps, desc="ppo", disable=not world.is_main, mininterval=1.0)
-    for iteration, chosen in enumerate(bar):
+    def one_round(iteration: int, kl_coef: float) -> dict[str, float]:
+        """Steps 1 to 4 and the line of one iteration."""
+        chosen = steps[iteration]
         keys = np.arange(len(chosen))[world.rank :: world.size]
         # 1. responses
         rollout, seconds = roll_out(
@@ -271,8 +293,7 @@ def train_ppo(
             seed=seed, step=iteration, sampling=sampling, micro_batch=flags.micro_batch, world=world,
         )  # fmt: skip
         numbers = summary(rollout, world)
-        check_rollout(numbers, iteration, same_start and iteration == 0, world)
-        warned = warned or warn_of_collapse(numbers, world)
+        check_rollout(numbers, rollout, f"ppo, iteration {iteration}", same_start and iteration == 0, world, saving)
         # 2. and 3. rewards and advantages
         batch = make_batch(rollout, kl_coef, flags, world)
         numbers["explained_variance"] = explained_variance(rollout.values[:, :-1], batch.returns, rollout.mask, world)
@@ -283,28 +304,49 @@ def train_ppo(
         lr = lr_at(iteration, len(steps), flags.lr, flags.warmup)
         numbers |= update(
             model, optimiser, batch,
-            lengths=world.total(lengths), iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=seed, world=world,
+            lengths=world.total(lengths), iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=seed, world=world, saving=saving,
         )  # fmt: skip
         seconds["update"] = time.perf_counter() - start
-        # 5. the coefficient, the log, validation
         seconds["total"] = time.perf_counter() - began
         metrics.log(step=iteration, **numbers, kl_coef=kl_coef, lr=lr, time=seconds)
-        kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(chosen))
-        bar.set_postfix(score=f"{numbers['score']:.2f}", kl=f"{numbers['kl_ref_seq']:.2f}", refresh=False)
-        if (iteration + 1) % every == 0 or iteration + 1 == len(steps):
-            checked = look(iteration)
-            if flags.snapshots:
-                keep(f"snapshot-{iteration + 1:05d}")
-            if checked["objective"] > best["objective"]:
-                best = checked
-                keep("")
+        return numbers
+
+    steps = full_steps(len(prompts), flags.prompts_per_iteration, flags.iterations, seed, "ppo prompts")
+    every = math.ceil(len(steps) / flags.validations)
+    state = saving.restore(model, optimiser, metrics)
+    if not state:
+        state = {"step": 0, "best": look(-1), "kl_coef": flags.kl_coef, "warned": False, "finished": False}
+        keep("")
+    taken, best, kl_coef, warned, finished = (state[name] for name in ("step", "best", "kl_coef", "warned", "finished"))
+    bar = tqdm(total=len(steps), initial=taken, desc="ppo", disable=not world.is_main, mininterval=1.0)
+    with bar, saving.heeding_signals():
+        while not finished:
+            numbers = one_round(taken, kl_coef)
+            warned = warned or warn_of_collapse(numbers, world)
+            # 5. the coefficient, validation, a checkpoint
+            kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(steps[taken]))
+            taken, finished = taken + 1, taken + 1 == len(steps)
+            bar.update()
+            bar.set_postfix(score=f"{numbers['score']:.2f}", kl=f"{numbers['kl_ref_seq']:.2f}", refresh=False)
+            if taken % every == 0 or finished:
+                checked = look(taken - 1)
+                if flags.snapshots:
+                    keep(f"snapshot-{taken:05d}")
+                if checked["objective"] > best["objective"]:
+                    best = checked
+                    keep("")
+            saving.after(taken, model, optimiser, metrics, best=best, kl_coef=kl_coef, warned=warned, finished=finished)
     return best
 
 
-def check_rollout(numbers: dict[str, float], iteration: int, same_weights: bool, world: World) -> None:
+def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_weights: bool, world: World, saving: Saving) -> None:
     """Raises NumericalError where a number is not finite, or where there is a KL between a policy and a reference of the same weights."""
-    if not all(map(math.isfinite, numbers.values())):
-        raise NumericalError(f"ppo, iteration {iteration}: {numbers} is not finite; the weights are as they were")
+    per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values, rollout.entropy)
+    good = torch.stack([x.where(m, 0.0).isfinite().all(dim=1) for x in per_token for m in [rollout.response_mask[:, -x.shape[1] :]]]).all(dim=0)
+    good &= rollout.scores.isfinite()
+    if world.any(not bool(good.all())) or not all(map(math.isfinite, numbers.values())):
+        suspects = as_rows(rollout, (~good).nonzero().flatten().tolist(), world)
+        raise saving.not_finite(where, broken_names(numbers) or "a log-probability or value", suspects, world)
     if same_weights and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
         raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
 

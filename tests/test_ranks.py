@@ -5,13 +5,19 @@ all rows are ragged. All runs start from copies of the same chain.
 """
 
 import json
+import re
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, steps
 from safetensors.numpy import load_file
+from test_interruptions import lines, started, when
 
 from data.prepare import load_demonstrations, load_pairs
+from model.resume import faults
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WAYS = ("one", "ddp", "fsdp")
@@ -40,7 +46,7 @@ def make_validation_odd(run):
 @pytest.fixture(scope="module")
 def folders(chain, tmp_path_factory):
     """way -> stage -> the folder of that stage made that way."""
-    base, made, lines = tmp_path_factory.mktemp("ranks"), {}, []
+    base, made, commands = tmp_path_factory.mktemp("ranks"), {}, []
     for way in WAYS:
         for stage in TRAINED:
             run = copy_of(chain, base / way / stage, *STAGES[STAGES.index(stage) :])
@@ -49,9 +55,9 @@ def folders(chain, tmp_path_factory):
             if way == "one":
                 here(*flags)
             else:
-                lines.append([str(flag) for flag in (*flags, "--parallel", way)])
+                commands.append([str(flag) for flag in (*flags, "--parallel", way)])
             made[way, stage] = run / stage
-    (base / "commands.json").write_text(json.dumps(lines))
+    (base / "commands.json").write_text(json.dumps(commands))
     command(*TORCHRUN, "tests/commands_on_ranks.py", base / "commands.json", program="-m")
     return made
 
@@ -73,9 +79,9 @@ def unsampled(stage, numbers):
 @pytest.mark.parametrize("stage", TRAINED)
 def test_two_processes_train_as_one_does(folders, chain, stage, way):
     one, two = folders["one", stage], folders[way, stage]
-    lines, others = metrics(one), metrics(two)
-    assert sum(line.get("updates", 1) for line in steps(one)) == 3 and len(lines) == len(others)
-    for index, (line, other) in enumerate(zip(lines, others, strict=True)):
+    expected, others = metrics(one), metrics(two)
+    assert sum(line.get("updates", 1) for line in steps(one)) == 3 and len(expected) == len(others)
+    for index, (line, other) in enumerate(zip(expected, others, strict=True)):
         step, trained = line["step"], "grad_norm" in line
         if step >= 0 and not trained:
             line, other = unsampled(stage, line), unsampled(stage, other)
@@ -150,3 +156,125 @@ def test_a_refusal_under_torchrun_ends_all_processes(chain, tmp_path):
     flags = ("--prompts-per-iteration", 7)
     output = command(*TORCHRUN, "train.py", "--stage", "ppo", "--out", run, *flags, program="-m", expect=1, timeout=60)  # torchrun's own code
     assert "--prompts-per-iteration 7: must be a multiple of the 2 processes" in output and not (run / "ppo").exists()
+
+
+# ---- stopping and going on with another number of processes, and one process in trouble
+
+
+def under_torchrun(*args, broken=None, ranks=2, expect=0):
+    """A command on several processes; with `broken` (tests/broken_rank.py) the last of them gets into trouble."""
+    launch = (*TORCHRUN[:-1], ranks, "tests/broken_rank.py" if broken else "train.py")
+    return command(*launch, *args, program="-m", expect=expect, timeout=180, env={"BROKEN": broken or ""})
+
+
+LONG = ("--epochs", 1, "--batch-size", 20, "--micro-batch", 4, "--validations", 2, "--lr", 2e-4, "--save-every", 2)  # ten steps
+
+
+@pytest.fixture(scope="module")
+def ten_steps(chain, tmp_path_factory):
+    """SFT in one process, from start to end."""
+    run = copy_of(chain, tmp_path_factory.mktemp("ten") / "run", *STAGES[1:])
+    here("--stage", "sft", "--out", run, *LONG)
+    assert [line["step"] for line in steps(run / "sft")] == list(range(10))
+    return run / "sft"
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ((2, "fsdp"), (1, "ddp")),
+        pytest.param((2, "ddp"), (1, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "ddp"), (2, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp"), (4, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((1, "ddp"), (4, "ddp"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_another_number_of_processes(chain, tmp_path, ten_steps, first, then):
+    """One of the processes is killed on its way; the others end, and what is left goes on in the same order, shards and all."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    stage = ("--stage", "sft", "--out", run, *LONG)
+    if first[0] == 1:
+        command(*stage, program="tests/killed.py", env={"KILL": "work:130"}, expect=-9)
+    else:
+        output = under_torchrun(*stage, "--parallel", first[1], ranks=first[0], broken="exit:75", expect=1)
+        assert "SIGKILL" in output.partition("Root Cause")[2] and "the last checkpoint is" in output
+    begun = sorted((run / "sft" / "checkpoints").glob("step-*"))
+    assert begun and len(steps(run / "sft")) < 10
+    if then[0] == 1:
+        output = here(*stage, "--resume")
+    else:
+        output = under_torchrun(*stage, "--resume", "--parallel", then[1], ranks=then[0])
+    assert f"resumed from {begun[-1]}" in output
+    expected, found = metrics(ten_steps), metrics(run / "sft")
+    assert len(expected) == len(found)
+    for line, other in zip(expected, found, strict=True):
+        close(line, other, (first, then, line["step"]))
+    weights, others = (load_file(folder / "snapshot-00010" / "model.safetensors") for folder in (ten_steps, run / "sft"))
+    for name in weights:
+        np.testing.assert_allclose(others[name], weights[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+TROUBLE = {
+    "nan": ("nan:61", r"sft, step \d+: loss is not finite on rank 1; ", 60),
+    "raise": ("raise:61", r"ValueError: broken on purpose", 60),
+    "hang": ("hang:61", r"Timed out waiting|timed out", 100),  # --rank-timeout, and half a minute until torchrun ends the one that hangs
+}
+
+
+@pytest.mark.parametrize("how", ["nan", pytest.param("raise", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)])
+def test_trouble_of_one_process_ends_all_with_the_first_cause_last(chain, tmp_path, how):
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    broken, cause, seconds = TROUBLE[how]
+    before = time.monotonic()
+    output = under_torchrun("--stage", "sft", "--out", run, *LONG, "--rank-timeout", 10, broken=broken, expect=1)
+    assert time.monotonic() - before < seconds
+    assert re.search(cause, output.partition("Root Cause (first observed failure)")[2]), output[-3000:]
+    last = sorted((run / "sft" / "checkpoints").glob("step-*"))[-1]
+    assert f"the last checkpoint is {last}" in output and faults(last) == [] and not (run / "sft" / "manifest.json").exists()
+    if how == "nan":
+        (dumped,) = (run / "failures").iterdir()
+        assert dumped.name.endswith("rank-1.jsonl")
+        rows = [json.loads(line) for line in dumped.read_text().splitlines()]
+        assert rows and all(set(row) == {"id", "prompt", "response"} for row in rows) and rows[0]["id"] in output
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_on_all_processes(chain, tmp_path, ten_steps):
+    """torchrun passes SIGTERM on to its processes, which finish their step; it kills what is still there after half a minute."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    words = [*TORCHRUN, "train.py", "--stage", "sft", "--out", run, *LONG, "--save-every", 0, "--parallel", "fsdp"]
+    process = started(*words, program="-m")
+    when(lambda: lines(run / "sft" / "metrics.jsonl") > 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    stopped = re.search(r"SIGTERM: stopped after (\d+) steps, which are saved in (\S+);", output)
+    assert process.returncode and stopped and faults(Path(stopped[2])) == [], output[-3000:]
+    here("--stage", "sft", "--out", run, *LONG, "--save-every", 0, "--resume")
+    assert [line["step"] for line in steps(run / "sft")] == list(range(10))
+    assert metrics(run / "sft")[-1]["valid_loss"] == pytest.approx(metrics(ten_steps)[-1]["valid_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm", "ppo"])
+def test_a_sharded_stage_goes_on_bit_for_bit_with_as_many_processes(chain, tmp_path, stage):
+    """Both processes die at the same moment; shards of weights and moments come back as they were, critic and folds included."""
+    flags = {
+        "rm": ("--epochs", 0.5),
+        "ppo": ("--iterations", 4, "--prompts-per-iteration", 6, "--minibatch", 4, "--lr", 1e-3, "--critic", "separate"),
+    }
+    ends = {}
+    for name in ("whole", "killed"):
+        run = copy_of(chain, tmp_path / name, *STAGES[STAGES.index(stage) :])
+        words = ("--stage", stage, "--out", run, *flags[stage], "--validations", 2, "--save-every", 1, "--parallel", "fsdp")
+        if name == "killed":
+            launch = (*TORCHRUN[:-1], 2, "tests/killed.py")
+            command(*launch, *words, program="-m", expect=1, timeout=180, env={"KILL": {"rm": "work:150", "ppo": "work:450"}[stage]})
+            assert list((run / stage).rglob("step-*"))
+            words = (*words, "--resume")
+        under_torchrun(*words)
+        folders = [run / stage, *sorted((run / stage).glob("fold-*"))]
+        weights = {str(path.relative_to(run)): sha256(path) for path in sorted((run / stage).rglob("model.safetensors"))}
+        ends[name] = [metrics(folder) for folder in folders], weights
+    assert ends["killed"] == ends["whole"]

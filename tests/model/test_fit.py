@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(how, monkeypa
         run_fit(model, breaks_at(objective, 2, how), rows, flags=replace(FLAGS, micro_batch=4, validations=1))
     assert len(after) == 2 and torch.equal(weights(model), after[-1])
     third = list(step_indices(12, 4, 1, 7, "test"))[2]
-    assert "test, step 2" in str(stopped.value) and all(f"row{i}" in str(stopped.value) for i in third)
+    assert "test, step 2: loss is not finite" in str(stopped.value) and all(f"row{i}" in str(stopped.value) for i in third)
 
 
 def test_a_gradient_that_is_not_finite_stops_and_names_its_tensor():

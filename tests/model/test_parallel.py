@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from small import ALONE, CPU, loud
 
-from data.errors import UsageError
+from data.errors import NumericalError, UsageError
 from model.checkpoint import load_model
 from model.heads import LanguageModel
-from model.parallel import DTYPES, DeviceFlags, World, bare, distribute, gradient_sync, start, whole
+from model.parallel import DTYPES, DeviceFlags, World, bare, distribute, exit_code, gradient_sync, start, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("ddp", "fsdp")
@@ -175,3 +175,30 @@ def test_impossible_devices_are_refused(monkeypatch):
         start(DeviceFlags(device="cuda"))
     with pytest.raises(UsageError, match="--parallel fsdp: needs torchrun"):
         start(DeviceFlags(device="cpu", parallel="fsdp"))
+
+
+# ---- how a program ends
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (NumericalError("wrong"), 5, "error: wrong\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; go on with --resume\n"),
+        (MemoryError("std::bad_alloc"), 6, "error: memory ran out (std::bad_alloc)\nheld by this process:"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 6, "a smaller --micro-batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 6, "less of it: "),
+    ],
+)
+def test_the_exit_code_is_that_of_the_error(error, code, words, capsys):
+    def program(arguments):
+        assert arguments == ["--stage"]
+        raise error
+
+    assert exit_code(program, ["--stage"]) == code and words in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda arguments: 1 / 0, [])
+    assert exit_code(lambda arguments: None, []) == 0

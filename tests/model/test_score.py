@@ -115,9 +115,12 @@ def test_a_cut_or_foreign_cache_is_refused(tmp_path):
     path.write_text(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         fill(tmp_path)
-    path.write_text(whole.replace("ab12", "ab13"))
-    with pytest.raises(CheckpointError, match="not the cache its name says"):
-        fill(tmp_path)
+    first = json.loads(whole)["logps"]["a"][0]
+    for old, new in (("ab12", "ab13"), (str(first), str(first + 0.5))):  # another key; one number changed
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(CheckpointError, match="not the cache its name says"):
+            fill(tmp_path)
 
 
 def test_other_processes_compute_but_do_not_write(tmp_path):

@@ -15,8 +15,11 @@ from torch import nn
 from data.errors import NumericalError
 from data.run import Metrics
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
+from model.resume import Saving
 from model.transformer import ModelConfig, initialise
+from rl import ppo
 from rl.ppo import train_ppo
+from rl.rollout import roll_out
 
 NAN = float("nan")
 
@@ -208,3 +211,44 @@ def kl_after(flags):
     model, ref = learner()
     train(model, ref, Count(5), flags, score_mean=0.0, score_std=1.0, end_penalty=0.0)
     return float(rollout_of(model, ref, Count(5), prompts_of(64), seed=9).kl.sum()) / 64
+
+
+class Stopped(Exception):
+    """An interruption."""
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, stop_at):
+    """With its adaptive coefficient, its best objective, and without telling of a collapse twice."""
+    flags = replace(LEARN, iterations=4, validations=2, prompts_per_iteration=8, minibatch=8, kl_target=0.01, kl_horizon=40.0)
+    outcomes, shown = {}, []
+    for name, stops in (("whole", [None]), ("stopped", [stop_at, None])):
+        folder, objectives = tmp_path / name, {-1: 1.0, 1: 3.0, 3: 2.0}
+        folder.mkdir()
+        for stop in stops:
+            (model, ref), path = learner(), folder / "metrics.jsonl"
+            done = len(path.read_text().splitlines()) if path.exists() else 0
+            rounds = iter(range(99))
+
+            def sampling(*args, rounds=rounds, stop=stop, **more):
+                if next(rounds) == stop:
+                    raise Stopped
+                shown.append(str(args[3]))
+                return roll_out(*args, **more)
+
+            monkeypatch.setattr(ppo, "roll_out", sampling)
+            given = iter([objective for step, objective in objectives.items() if not done or stop_at == 0 or step >= stop_at])
+            try:
+                best = train_ppo(
+                    model, ref, Count(5), prompts_of(12), flags, SAMPLING, same_start=True, seed=0, world=ALONE, metrics=Metrics(path),
+                    validate=lambda given=given: {"objective": next(given)}, keep=lambda name: None,
+                    saving=Saving(folder, ALONE, every=1),
+                )  # fmt: skip
+            except Stopped:
+                continue
+            lines = [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
+            outcomes[name] = best, lines, weights(model)
+    assert len(set(shown[:4])) == 4 and shown[-1] == shown[3]  # every round its own prompts, also after a stop
+    assert outcomes["stopped"][:2] == outcomes["whole"][:2]
+    assert all(torch.equal(tensor, outcomes["whole"][2][name]) for name, tensor in outcomes["stopped"][2].items())
+    assert len({line["kl_coef"] for line in outcomes["whole"][1] if "kl_coef" in line}) == 4 and outcomes["whole"][0] == {"objective": 3.0, "step": 1}

@@ -1,0 +1,261 @@
+"""Defects that the tests must notice: each is one small change of the program, applied to a copy, on which the named tests must fail.
+
+    python tests/mutations.py            all of them; prints a table in Markdown
+    python tests/mutations.py gae seed   those whose description contains a word
+
+test_mutations.py checks in the default run that every entry still applies, and under `-m slow` that every one is noticed.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands exactly once in the file, becomes `new`; `tests` (pytest's words) must then fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LOSS, KL, PPO = "tests/losses/test_dpo.py", "tests/losses/test_kl.py", "tests/losses/test_ppo.py"
+FIT, UPDATE, LOOP, ROLLOUT = "tests/model/test_fit.py", "tests/rl/test_ppo_update.py", "tests/rl/test_ppo_loop.py", "tests/rl/test_rollout.py"
+GENERATE, RESUME, RANKS = "tests/model/test_generate.py", "tests/model/test_resume.py", "tests/model/test_parallel.py"
+
+MUTATIONS = [
+    Mutation(*entry)
+    for entry in [
+        # ---- losses
+        ("DPO: chosen and rejected swapped", "losses/dpo.py", "    h = chosen - rejected\n    loss", "    h = rejected - chosen\n    loss", LOSS),
+        ("DPO: beta twice in the rewards", "losses/dpo.py",
+         "return beta * chosen.detach(), beta", "return beta * beta * chosen.detach(), beta", LOSS),
+        ("DPO: the reference left out of one half", "losses/dpo.py", "pairs.rejected_logp - pairs.ref_rejected_logp", "pairs.rejected_logp", LOSS),
+        ("DPO: label smoothing on the wrong side", "losses/dpo.py",
+         "loss - label_smoothing * F.logsigmoid(-beta * h)", "loss - label_smoothing * F.logsigmoid(beta * h)", LOSS),
+        ("robust DPO: not divided", "losses/dpo.py", "/ (1 - 2 * flip_rate)", "/ 1", LOSS),
+        ("IPO: sums in place of means", "losses/dpo.py", "difference = chosen / pairs.chosen_length.clamp(min=1)", "difference = chosen", LOSS),
+        ("reward loss: log(1 + exp), which overflows", "losses/reward.py",
+         "return -F.logsigmoid(gap)", "return (1 + (-gap).exp()).log()", "tests/losses/test_reward.py"),
+        ("reward loss: sign", "losses/reward.py",
+         "chosen_score.float() - rejected", "rejected_score.float() - chosen_score.float() + 0 * rejected", "tests/losses/test_reward.py"),
+        ("k1: sign", "losses/kl.py", "d = logp.float() - ref_logp.float().detach()", "d = ref_logp.float().detach() - logp.float()", KL),
+        ("k3: direction", "losses/kl.py", "return torch.expm1(-d) + d", "return torch.expm1(d) - d", KL),
+        ("k3: exp - 1 in place of expm1", "losses/kl.py", "return torch.expm1(-d) + d", "return torch.exp(-d) - 1 + d", KL),
+        ("k2: not halved", "losses/kl.py", "return 0.5 * _log_ratio", "return 1.0 * _log_ratio", KL),
+        ("k3 allowed in the reward", "losses/kl.py",
+         '    ("k1", "reward"): "KL(policy || reference)",\n', '    ("k1", "reward"): "KL(policy || reference)",\n    ("k3", "reward"): "",\n', KL),
+        ("k1 allowed in the loss", "losses/kl.py",
+         '    ("k1", "reward"): "KL(policy || reference)",\n', '    ("k1", "reward"): "KL(policy || reference)",\n    ("k1", "loss"): "",\n', KL),
+        ("log-probabilities in the logits' own dtype", "losses/logprobs.py", "    logits = logits.float()\n", "", "tests/losses/test_logprobs.py"),
+        ("temperature multiplied", "losses/logprobs.py", "else logits / temperature", "else logits * temperature", "tests/losses/test_logprobs.py"),
+        ("entropy: sign", "losses/logprobs.py", "return -(logps.exp() * logps)", "return (logps.exp() * logps)", "tests/losses/test_logprobs.py"),
+        ("padding multiplied by 0, so NaN stays", "losses/masked.py",
+         "return torch.where(mask, x, 0)", "return x * mask", "tests/losses/test_masked.py"),
+        ("mean over columns, padding included", "losses/masked.py",
+         "zero_padding(x, mask).sum() / mask.sum().clamp(min=1)", "zero_padding(x, mask).mean()", "tests/losses/test_masked.py"),
+        ("variance in one pass", "losses/masked.py",
+         "zero_padding(x - mean, mask).square().sum() / count.clamp(min=1)",
+         "x.square().sum() / count.clamp(min=1) - mean.square()", "tests/losses/test_masked.py"),
+        ("moments joined without the spread of the means", "losses/masked.py",
+         "(weights * (variances + (means - mean).square()))", "(weights * variances)", "tests/losses/test_masked.py"),
+        ("PPO: the better surrogate in place of the worse", "losses/ppo.py",
+         "return torch.maximum(unclipped, clipped), stats", "return torch.minimum(unclipped, clipped), stats", PPO),
+        ("PPO: the advantage not detached", "losses/ppo.py", "advantages.float().detach(), mask)", "advantages.float(), mask)", PPO),
+        ("PPO: no guard against overflow", "losses/ppo.py", "log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()", "log_ratio.exp()", PPO),
+        ("value loss: clipped around the returns", "losses/ppo.py",
+         "near_old = old_values + (values - old_values)", "near_old = returns + (values - old_values)", PPO),
+        ("value loss: the smaller error", "losses/ppo.py", "0.5 * torch.maximum(error", "0.5 * torch.minimum(error", PPO),
+        ("SFT: padding counted", "losses/sft.py", "return -zero_padding(logp, mask)", "return -logp", "tests/losses/test_sft.py"),
+        # ---- reinforcement learning
+        ("gae: a value after the end token", "rl/gae.py",
+         "goes_on = mask & (has_next | bootstrap[:, None])", "goes_on = mask", "tests/rl/test_gae.py"),
+        ("gae: no lambda", "rl/gae.py", "discount * gae_lambda * following", "discount * following", "tests/rl/test_gae.py"),
+        ("gae: returns from values of the next state", "rl/gae.py",
+         "return advantages, advantages + value", "return advantages, advantages + next_value", "tests/rl/test_gae.py"),
+        ("whitening adds the mean back", "rl/gae.py",
+         "return zero_padding((advantages - mean) *", "return zero_padding(mean + (advantages - mean) *", "tests/rl/test_gae.py"),
+        ("whitening within one process alone", "rl/ppo.py",
+         "everyone = torch.from_numpy(world.total(mine))", "everyone = torch.from_numpy(mine)", "tests/rl/test_ppo_ranks.py"),
+        ("the score one action early", "rl/rewards.py",
+         "rewards[rows, last] += scores", "rewards[rows, last - 1] += scores", "tests/rl/test_rewards.py"),
+        ("the end penalty added", "rl/rewards.py", "- end_penalty * (~ended)", "+ end_penalty * (~ended)", "tests/rl/test_rewards.py"),
+        ("the end penalty on responses that ended", "rl/rewards.py", "(~ended).float()", "ended.float()", "tests/rl/test_rewards.py"),
+        ("the KL controller turned round", "rl/rewards.py",
+         "error = min(max(kl / target - 1", "error = min(max(1 - kl / target", "tests/rl/test_rewards.py"),
+        ("k3 in the reward", "rl/rollout.py",
+         "kl = k1(logp, ref_logp, response_mask[:, 1:])", "kl = (ref_logp - logp).expm1() + logp - ref_logp", ROLLOUT),
+        ("the reward model reads the padding", "rl/rollout.py",
+         "(reward_model(x, real),)", "(reward_model(x, torch.full_like(real, x.shape[1])),)", ROLLOUT),
+        ("the reference at another temperature", "rl/rollout.py",
+         "(ref(x, mask, temperature=sampling.temperature).logp,)", "(ref(x, mask).logp,)", ROLLOUT),
+        ("the same random numbers every round", "rl/rollout.py",
+         'stable_hash(seed, "ppo", "sampling", step)', 'stable_hash(seed, "ppo", "sampling")', LOOP),
+        ("divided by the rows, not the tokens", "rl/ppo.py", "count = int(lengths[chosen].sum())", "count = len(chosen)", UPDATE),
+        ("the same order in every round", "rl/ppo.py", 'seed, f"ppo {iteration}")', 'seed, "ppo")', UPDATE),
+        ("the entropy bonus turned round", "rl/ppo.py", "- flags.entropy_coef * entropy", "+ flags.entropy_coef * entropy", UPDATE),
+        ("the KL in the loss has no coefficient", "rl/ppo.py", "total = total + kl_coef * penalty", "total = total + penalty", UPDATE),
+        ("values of the state after the action", "rl/ppo.py", "value_loss(scored.values[:, :-1]", "value_loss(scored.values[:, 1:]", UPDATE),
+        ("bootstrapped where it ended", "rl/ppo.py", "bootstrap = ~rollout.ended if", "bootstrap = rollout.ended if", UPDATE),
+        ("the first ratio not checked", "rl/ppo.py", "    if largest > bound:", "    if False:", UPDATE),
+        ("the last weights kept, not the best", "rl/ppo.py", 'if checked["objective"] > best["objective"]:', "if True:", LOOP),
+        ("a broken score passes", "rl/ppo.py",
+         "    good &= rollout.scores.isfinite()\n    if world.any(not bool(good.all())) or not all(map(math.isfinite, numbers.values())):",
+         "    if False:", LOOP),
+        # ---- the loop, the model
+        ("micro-batches averaged", "model/fit.py",
+         "(total * (world.size / count if part else 0.0)).backward()", "(total / len(part) / len(micro_batches)).backward()", FIT),
+        ("validation keeps the last batch", "model/fit.py",
+         '        add_up(sums, {"loss": total, **metrics}, bool(part))',
+         '        sums = {"loss": float(total), **{n: float(v) for n, v in metrics.items()}}', FIT),
+        ("a loss that is not finite passes", "model/fit.py",
+         "        if not all(map(math.isfinite, numbers.values())):\n            raise saving", "        if False:\n            raise saving", FIT),
+        ("patience forgotten", "model/fit.py", "finished = finished or stop or since_best >= flags.patience", "finished = finished or stop", FIT),
+        ("a gradient that is not finite passes", "model/optim.py", "    if not math.isfinite(norm):", "    if False:", FIT),
+        ("the schedule reaches one group alone", "model/optim.py",
+         "for group in optimiser.param_groups:", "for group in optimiser.param_groups[:1]:", FIT),
+        ("decay on vectors too", "model/optim.py", 'decays[False], "weight_decay": 0.0}', 'decays[False], "weight_decay": weight_decay}', FIT),
+        ("losses not multiplied by the number of processes", "model/fit.py", "world.size / count if part", "1 / count if part", RANKS),
+        ("gradients not exchanged", "model/parallel.py",
+         "if isinstance(model, DistributedDataParallel) and not last:", "if isinstance(model, DistributedDataParallel):", RANKS),
+        ("sampling: argmax whatever the numbers", "model/generate.py", "    if uniforms is None:\n", "    if True:\n", GENERATE),
+        ("sampling: all rows the same numbers", "model/generate.py", "Philox(key=[seed, key])", "Philox(key=[seed, 0])", GENERATE),
+        ("sampling: the end token not part of the response", "model/generate.py",
+         "response_lengths[rows] += 1", "response_lengths[rows] += (chosen[going] != eos_id).long()", GENERATE),
+        ("cache: rows that ended stay at another's place", "model/cache.py",
+         "self.lengths = self.lengths[rows]", "self.lengths = self.lengths[: len(rows)]", GENERATE),
+        ("cache: one column too few", "model/cache.py", "<= self.lengths[:, None]", "< self.lengths[:, None]", GENERATE),
+        ("rotary: halves swapped", "model/transformer.py",
+         "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)", "tests/model/test_transformer.py"),
+        ("rotary: positions of padded decoding", "model/transformer.py",
+         "start = 0 if cache is None else cache.lengths[:, None]", "start = 0 if cache is None else cache.longest", GENERATE),
+        ("attention: not causal", "model/transformer.py", "is_causal=mask is None", "is_causal=False", "tests/model/test_transformer.py"),
+        ("packing: responses see each other", "model/packing.py",
+         "((parts == PROMPT)[:, None] | (parts[:, None] == parts[:, :, None]))", "(parts[:, None] >= 0)", "tests/model/test_packing.py"),
+        ("packing: the rejected response after the chosen one", "model/packing.py",
+         "positions = columns - rejected *", "positions = columns - 0 * rejected *", "tests/model/test_packing.py"),
+        ("a score read one token early", "model/heads.py",
+         "device=hidden.device), lengths - 1]", "device=hidden.device), lengths - 2]", "tests/model/test_heads.py"),
+        ("log-probabilities one token late", "model/heads.py",
+         "states = hidden[:, :-1][mask]", "states = hidden[:, 1:][mask]", "tests/model/test_heads.py"),
+        ("the value head starts with noise", "model/heads.py",
+         "            nn.init.zeros_(self.value_head.weight)\n", "", "tests/model/test_heads.py"),
+        ("pickles are loaded", "model/checkpoint.py",
+         "tensors = load_file(folder / WEIGHTS)", "tensors = torch.load(folder / WEIGHTS)", "tests/test_faults.py -k pickle"),
+        ("missing tensors pass", "model/checkpoint.py",
+         "    if problems:\n        raise", "    if False:\n        raise", "tests/model/test_checkpoint.py"),
+        ("the cache's key does not count", "model/score.py",
+         "json.dumps([key, list(ids)], sort_keys=True)", "json.dumps(list(ids))", "tests/model/test_score.py"),
+        # ---- data
+        ("a cut response keeps its end token", "data/batches.py",
+         "return ids[:max_response], len(ids)", "return (*ids[: max_response - 1], ids[-1]), len(ids)", "tests/data/test_batches.py"),
+        ("no end token at all", "data/batches.py",
+         "ids = (*tokenizer.encode(response), tokenizer.eos_id)", "ids = (*tokenizer.encode(response),)", "tests/data/test_batches.py"),
+        ("the prompt's last token counted", "data/batches.py",
+         "len(row.prompt) : row.length]", "len(row.prompt) - 1 : row.length]", "tests/data/test_batches.py"),
+        ("every epoch in the same order", "data/batches.py",
+         'stable_hash(seed, stage, "order", epoch)', 'stable_hash(seed, stage, "order")', "tests/data/test_batches.py"),
+        ("processes share rows twice", "data/batches.py",
+         "mine = by_length[rank::world_size]", "mine = by_length[::world_size]", "tests/data/test_batches.py"),
+        ("the last, smaller batch left out", "data/batches.py",
+         "per_epoch = math.ceil(count / batch_size)", "per_epoch = count // batch_size", "tests/data/test_batches.py"),
+        ("hh: split at the first turn of the assistant", "data/examples.py",
+         "prompt, found, better = chosen.rpartition(ASSISTANT)",
+         "prompt, found, better = chosen.partition(ASSISTANT)", "tests/data/test_examples.py"),
+        ("hh: rejected cut with the chosen one's prompt", "data/examples.py",
+         "    if prompt != other_prompt:", "    if False:", "tests/data/test_examples.py"),
+        ("identical responses kept", "data/examples.py", "example.responses[0] == example.responses[1]:", "False:", "tests/data/test_examples.py"),
+        ("splitter: ties are difficult", "data/split.py", "largest[judged] >= threshold", "largest[judged] > threshold", "tests/data/test_split.py"),
+        ("splitter: absolute gaps", "data/split.py",
+         "gaps = np.asarray(gaps, dtype=np.float64)\n    if gaps.shape",
+         "gaps = np.abs(np.asarray(gaps, dtype=np.float64))\n    if gaps.shape", "tests/data/test_split.py"),
+        ("splitter: halves swapped", "data/split.py",
+         "return Split(np.flatnonzero(easy), np.flatnonzero(difficult)",
+         "return Split(np.flatnonzero(difficult), np.flatnonzero(easy)", "tests/data/test_split.py"),
+        ("a changed file passes", "data/run.py", "if digest(folder / name) != expected:", "if False:", "tests/data/test_run.py"),
+        ("a file written in place", "data/files.py",
+         '    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "    beside = path", "tests/data/test_run.py"),
+        # ---- resuming
+        ("resume: moments not restored", "model/resume.py", '        if state["step"] is not None:', "        if False:", RESUME),
+        ("resume: weights not restored", "model/resume.py", "        parameter.copy_(sharded_like(parameter, weights[name]))\n", "", RESUME),
+        ("resume: patience forgotten", "model/fit.py",
+         "best=best, since_best=since_best, finished=finished)", "best=best, since_best=0, finished=finished)", RESUME),
+        ("resume: metrics not taken back", "model/resume.py", "metrics.go_back((place / METRICS).read_bytes() if place else b\"\")", "pass", RESUME),
+        ("resume: the best weights not taken back", "model/resume.py",
+         'for path in (place / "best").rglob("*") if place else ():', "for path in ():", "tests/model/test_resume.py"),
+        ("resume: later snapshots stay", "model/resume.py",
+         "                shutil.rmtree(path)\n        metrics", "                pass\n        metrics", RESUME),
+        ("resume: the KL coefficient not kept", "rl/ppo.py", "best=best, kl_coef=kl_coef, warned", "best=best, kl_coef=flags.kl_coef, warned", LOOP),
+        ("every round the first one's prompts", "rl/ppo.py", "chosen = steps[iteration]", "chosen = steps[0]", LOOP),
+        ("save: the old one goes first", "model/resume.py",
+         "    try:\n        for name, raw in contents.items():",
+         "    for old in checkpoints(home):\n        discard(old)\n    try:\n        for name, raw in contents.items():", RESUME),
+        ("save: written in place", "model/resume.py",
+         'beside, place = home / f".step-{step:08d}.tmp", home', 'beside, place = home / f"step-{step:08d}", home', RESUME),
+        ("save: the newest goes", "model/resume.py", "if path <= place][-most:]", "if path <= place][:most]", RESUME),
+        ("save: half a checkpoint stays", "model/resume.py",
+         "        shutil.rmtree(beside, ignore_errors=True)\n        if isinstance", "        if isinstance", RESUME),
+        ("save: no look at the digests", "model/resume.py",
+         "        if actual == sha256:\n            continue\n", "        continue\n", "tests/test_interruptions.py -k damaged"),
+        ("resume: other flags pass", "data/run.py",
+         "if (folder / FLAGS).exists() and (differences", "if False and (differences", "tests/test_interruptions.py -k other_flags"),
+        ("no lock", "data/run.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/test_interruptions.py -k two_processes"),
+        ("signals not heeded", "model/resume.py", "        came = int(self.world.total(signals).max())", "        came = 0", RESUME),
+        ("a vanished folder made again", "model/resume.py", "if self.world.is_main and not metrics.path.exists():", "if False:", RESUME),
+    ]
+]  # fmt: skip
+
+
+def applied(mutation: Mutation, root: Path) -> str:
+    """The file of a copy of the program, changed; raises ValueError where the old text does not stand there exactly once."""
+    text = (root / mutation.file).read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.what}: the text stands {text.count(mutation.old)} times in {mutation.file}")
+    return text.replace(mutation.old, mutation.new)
+
+
+def noticed(mutation: Mutation, copy: Path) -> tuple[bool, str]:
+    """Whether the named tests fail on a copy with that defect; and pytest's last line."""
+    whole = (copy / mutation.file).read_text()
+    (copy / mutation.file).write_text(applied(mutation, copy))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "--durations=0", "-p", "no:cacheprovider", *mutation.tests.split()],
+            cwd=copy, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+    finally:
+        (copy / mutation.file).write_text(whole)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1 and bool(failed), (failed or done.stdout.splitlines() or ["no output"])[-1]
+
+
+def copied() -> Path:
+    """A copy of the repository, to be broken."""
+    copy = Path(tempfile.mkdtemp(prefix="mutations-")) / "repository"
+    return Path(shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".hypothesis", ".*_cache")))
+
+
+def main(words: list[str]) -> Iterator[str]:
+    """The table's lines, as they come."""
+    copy = copied()
+    yield "| defect | file | noticed by |\n|:--|:--|:--|"
+    for mutation in MUTATIONS:
+        if not words or any(word in mutation.what for word in words):
+            found, line = noticed(mutation, copy)
+            by = line.partition(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ").partition("[")[0]
+            yield f"| {mutation.what} | `{mutation.file}` | {f'`{by}`' if found else f'**NOT NOTICED** ({line})'} |"
+    shutil.rmtree(copy.parent)
+
+
+if __name__ == "__main__":
+    for line in main(sys.argv[1:]):
+        print(line, flush=True)
