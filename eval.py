@@ -56,6 +56,7 @@ SHOWN, QUICK_PROMPTS = 3, 64  # prompts whose answers are printed; prompts under
 class EvalFlags:
     models: str | None = flag(None, "of the run, with commas between; also sft/snapshot-* (default: the models of all finished stages)")
     prompts: int = flag(500, "how many test prompts are answered, the first in the order of their hashes", positive=True)
+    part: str = flag("test", "of the run's data, whose prompts are answered", choices=("test", "validation"))
     greedy: bool = flag(False, "answer with the likeliest token, in place of sampling")
     temperature: float = flag(1.0, "of sampled answers", positive=True)
     seed: int = flag(0, "of sampled answers")
@@ -199,7 +200,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
-    questions = pick_questions(load_pairs(folder / "data", "test"), setting)
+    questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
@@ -357,7 +358,7 @@ def check_flags(given: dict) -> None:
         raise UsageError("eval.py runs in one process; start it as: python eval.py ... , not by torchrun")
     if ("run" in given) == ("model" in given):
         raise UsageError('give either --run DIR, to compare its models, or --model DIR --prompt "...", to have one answer')
-    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "reward_model", "batch", "quick"})
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
     if mode == "--model" and "prompt" not in given:
