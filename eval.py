@@ -3,6 +3,7 @@
     python eval.py --run runs/mpo                           the comparison: printed, and written to DIR/eval/report.md and report.json
     python eval.py --run runs/mpo --models dpo,ppo --greedy
     python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
+    python eval.py --compare runs/ablations                 tables and pictures of a grid
 
 Every model answers the same test prompts with the same random numbers per prompt: answers are paired, and the same seed gives the same
 report. An answer is judged in up to three ways, a model also by how far it has gone:
@@ -31,11 +32,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import compare, pictures
 from data.batches import Row, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import ASSISTANT, HUMAN, Pair
 from data.files import atomic_write, read_json, write_json
 from data.flags import add_flags, flag, take_flags
+from data.grid import read_rows
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, report_text, share, wins
 from data.run import MANIFEST, open_stage, parent_key
@@ -68,6 +71,7 @@ class EvalFlags:
 class CommandFlags:
     run: str | None = flag(None, "folder of the run whose models are compared")
     model: str | None = flag(None, "folder of one model, to answer --prompt")
+    compare: str | None = flag(None, "folder of a grid made by train.py --stage ablations, or its file of rows: tables and pictures")
     prompt: str | None = flag(None, "what --model answers; made a dialogue's human turn where the model's run is about dialogues")
     raw: bool = flag(False, "take --prompt as it is")
     quick: bool = flag(False, f"{QUICK_PROMPTS} prompts")
@@ -302,6 +306,30 @@ def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:
     return {"prompt": prompt, "responses": responses}
 
 
+# ---------------------------------------------------------------- a grid's comparison
+
+
+def compare_rows(path: Path) -> None:
+    """Prints a grid's tables and writes them beside its rows: report.md, rows.csv, and pictures where matplotlib is installed.
+    Raises UsageError where there are no rows."""
+    file = path / "rows.jsonl" if path.is_dir() else path
+    lines = read_rows(file)
+    if not lines:
+        raise UsageError(f"--compare {path}: no rows in {file}; make some with: python train.py --stage ablations --out {file.parent}")
+    parts = []
+    for index, (setting, part) in enumerate(compare.by_setting(lines).items()):
+        parts += [f"## {setting}\n", compare.compared(part)]
+        folder = file.parent / (f"pictures-{index + 1}" if index else "pictures")
+        try:
+            parts.append("\n".join(f"![{picture.stem}]({picture.relative_to(file.parent)})" for picture in pictures.draw(part, folder)) + "\n")
+        except ImportError:
+            parts.append(f"No pictures: matplotlib is missing; install it with: {pictures.INSTALL}\n")
+    text = "\n".join(parts)
+    atomic_write(file.parent / "report.md", text)
+    atomic_write(file.parent / "rows.csv", compare.as_csv(lines))
+    print(text)
+
+
 # ---------------------------------------------------------------- one answer, and the command line
 
 
@@ -337,6 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     try:
         check_flags(given)
+        if "compare" in given:
+            compare_rows(Path(given["compare"]))
+            return 0
         quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
         command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
         world = start(DeviceFlags(device=command.device, dtype=command.dtype))
@@ -356,8 +387,12 @@ def check_flags(given: dict) -> None:
     """Raises UsageError for flags that do not go together."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("eval.py runs in one process; start it as: python eval.py ... , not by torchrun")
-    if ("run" in given) == ("model" in given):
-        raise UsageError('give either --run DIR, to compare its models, or --model DIR --prompt "...", to have one answer')
+    if sum(mode in given for mode in ("run", "model", "compare")) != 1:
+        raise UsageError('give one of --run DIR, to compare its models, --model DIR --prompt "...", to have one answer, and --compare DIR, for a grid')
+    if "compare" in given and len(given) > 1:
+        raise UsageError(f"--{next(name for name in given if name != 'compare').replace('_', '-')}: is not read with --compare; leave it out")
+    if "compare" in given:
+        return
     mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")

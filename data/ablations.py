@@ -76,6 +76,17 @@ GROUPS: dict[str, dict[str, Row]] = {
 }
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 QUICK_ROWS = "dpo-all,ppo-all,mpo"
+CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
+    "DPO on easy pairs is at least as good as on all, and better than on others": (
+        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-difficult"),
+    ),
+    "the DPO model as reference beats the SFT model": (
+        ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
+    ),
+    "MPO beats DPO alone and PPO alone": (("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts")),
+    "easy before difficult beats other orders and splits": (("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo")),
+}  # fmt: skip
+MATTERS = 0.1  # true reward: the smallest difference that would change anyone's choice; the worlds' best responses are about 3 above SFT
 
 
 def chosen_rows(asked: str) -> list[str]:

@@ -273,6 +273,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     results = read_json(folder / last / MANIFEST)["results"]
     return {
         "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
+        "setting": {flag: content(value) for flag, value in grid.common.items()},
         "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
         "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},
         "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "points": points, "picked": picked,
