@@ -3,6 +3,7 @@
     python eval.py --run runs/mpo                           the comparison: printed, and written to DIR/eval/report.md and report.json
     python eval.py --run runs/mpo --models dpo,ppo --greedy
     python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
+    python eval.py --run runs/mpo --models ppo,dpo --judge-out pairs.jsonl      blind pairs for an outside judge; --judge-in reads its verdicts
     python eval.py --compare runs/ablations                 tables and pictures of a grid
 
 Every model answers the same test prompts with the same random numbers per prompt: answers are paired, and the same seed gives the same
@@ -33,22 +34,23 @@ import torch
 from tqdm import tqdm
 
 from data import compare, pictures
-from data.batches import Row, encode_prompt, encode_response, stable_hash
+from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import ASSISTANT, HUMAN, Pair
 from data.files import atomic_write, read_json, write_json
 from data.flags import add_flags, flag, take_flags
 from data.grid import read_rows
+from data.judge import judged, judged_text, read_verdicts, write_questions
 from data.prepare import load_pairs
-from data.report import distinct_n, mean, report_text, share, wins
+from data.report import distinct_n, mean, preference_numbers, report_text, share, wins
 from data.run import MANIFEST, open_stage, parent_key
-from data.synthetic import WORLDS, best_response, kind, true_reward, well_formed
+from data.synthetic import WORLDS, best_response, choice_probability, kind, true_reward, well_formed
 from data.tokenizer import Tokenizer
 from model.checkpoint import CONFIG, WEIGHTS
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import DeviceFlags, World, start, stop
-from model.score import reward_scores, sequence_kls
+from model.score import reference_logps, reward_scores, sequence_kls
 from model.stage import Text
 
 STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
@@ -74,6 +76,8 @@ class CommandFlags:
     compare: str | None = flag(None, "folder of a grid made by train.py --stage ablations, or its file of rows: tables and pictures")
     prompt: str | None = flag(None, "what --model answers; made a dialogue's human turn where the model's run is about dialogues")
     raw: bool = flag(False, "take --prompt as it is")
+    judge_out: str | None = flag(None, "with --run and --models A,B (or A, against the data's chosen): write blind pairs of their answers here")
+    judge_in: str | None = flag(None, "with --run: read verdicts on such pairs from here, and report")
     quick: bool = flag(False, f"{QUICK_PROMPTS} prompts")
     device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in", choices=("fp32", "bf16"))
@@ -188,8 +192,9 @@ def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question
 # ---------------------------------------------------------------- a run's comparison
 
 
-def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
-    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it.
+def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | None = None) -> str:
+    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it. With judge_out,
+    writes blind pairs of two models' answers there instead, their key into DIR/eval/keys, and returns what to do with them.
 
     Only the calling process works, whatever `world` says of others. Raises UsageError for what is missing, CheckpointError for what does
     not fit together, NumericalError for a model whose numbers are not finite.
@@ -211,9 +216,12 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
     found, distances = model_answers(folder, names, questions, setting)
     answers = judge(answers | found, questions, reward_model, setting)
+    if judge_out:
+        return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
-    rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) for name in shown}
+    preferences = pair_preferences(folder, names, setting)
+    rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) | preferences.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
@@ -225,6 +233,23 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     text = report_text(report)
     write_json(folder / "eval" / "report.json", report)
     atomic_write(folder / "eval" / "report.md", text)
+    print(text)
+    return text
+
+
+def ask_judge(path: Path, folder: Path, names: list[str], answers: dict[str, Answers], questions: Sequence[Question], setting: Setting) -> str:
+    """Writes the answers of two models as blind pairs for an outside judge. Raises UsageError where there are not two."""
+    if len(names) != 2:
+        raise UsageError(f"--judge-out: compares two models, or one with the data's chosen responses; --models gives {', '.join(names)}")
+    first, second = (answers[name] for name in names)
+    pairs = [
+        {"prompt": question.prompt.strip(), "first": first.texts[i].strip(), "second": second.texts[i].strip(),
+         "raw": [float(first.raw[i]), float(second.raw[i])], "true": None if first.true is None else [float(first.true[i]), float(second.true[i])]}
+        for i, question in enumerate(questions)
+    ]  # fmt: skip
+    style = load_pairs(folder / "data", setting.flags.part)[0].style
+    count = write_questions(path, folder / "eval" / "keys", (names[0], names[1]), pairs, style, setting.flags.seed)
+    text = f"{count} pairs for a judge in {path}; report its verdicts with: python eval.py --run {folder} --judge-in FILE"
     print(text)
     return text
 
@@ -296,6 +321,23 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
         far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
         distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
+
+
+def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> dict[str, dict]:
+    """Name -> what each model makes of the labelled pairs of the part that is answered."""
+    tokenizer, pairs = setting.text.tokenizer, load_pairs(folder / "data", setting.flags.part)[: setting.flags.prompts]
+    rows, _ = encode_pairs(pairs, tokenizer, setting.text.max_prompt, setting.text.max_response)
+    logps = {name: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for name in dict.fromkeys(["sft", *names])}
+    pair_of = {pair.id: pair for pair in pairs}
+    texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
+    # a world's labels are draws of a known chance; of other data we know the label alone
+    chance = np.array([choice_probability(setting.world_name, *text, 1.0, 0.0) if setting.world_name else 0.999 for text in texts]).clip(0.001, 0.999)
+    found = {}
+    for name in names:
+        flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
+        plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
+        found[name] = preference_numbers(logps[name], logps["sft"], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
+    return found
 
 
 def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:
@@ -371,8 +413,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
         command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
         world = start(DeviceFlags(device=command.device, dtype=command.dtype))
-        if command.run is not None:
-            compare_run(Path(command.run), world, flags)
+        if command.judge_in:
+            text = judged_text(judged(*read_verdicts(Path(command.judge_in), Path(command.run) / "eval" / "keys")))
+            atomic_write(Path(command.run) / "eval" / "judged.md", text)
+            print(text)
+        elif command.run is not None:
+            compare_run(Path(command.run), world, flags, Path(command.judge_out) if command.judge_out else None)
         else:
             print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
     except Stop as error:
@@ -393,7 +439,11 @@ def check_flags(given: dict) -> None:
         raise UsageError(f"--{next(name for name in given if name != 'compare').replace('_', '-')}: is not read with --compare; leave it out")
     if "compare" in given:
         return
-    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick"})
+    if "judge_in" in given and len(given) > 2:
+        raise UsageError("--judge-in: needs --run alone; the pairs were made when --judge-out wrote them")
+    if "judge_out" in given and "models" not in given:
+        raise UsageError("--judge-out: say with --models whose answers are judged: two models, or one, against the data's chosen responses")
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
     if mode == "--model" and "prompt" not in given:

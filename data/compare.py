@@ -17,7 +17,7 @@ PICKS = {"best": "best by own validation", "last": "last", "judge": "best by the
 COLUMNS = {
     "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
     "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
-    "chosen_shift": "shift of chosen log-probability", "ranking_accuracy": "ranking accuracy", "tokens": "tokens", "ended": "ended",
+    "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy", "tokens": "tokens", "ended": "ended",
     "dpo_pairs": "DPO pairs seen", "online_samples": "samples online",
 }  # fmt: skip
 

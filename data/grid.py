@@ -92,7 +92,8 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
     def make(name: str, seed: int, parents: list[Future]) -> None:
         for parent in parents:
             parent.result()
-        print(f"[ablations] {name}, seed {seed}: started", flush=True)
+        if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():
+            print(f"[ablations] {name}, seed {seed}: started", flush=True)
         make_row(grid, name, seed)
         if (name, seed) in pending:
             line = measured(grid, name, seed)
