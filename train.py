@@ -136,6 +136,7 @@ QUICK = {
     "rm": {"epochs": 1.0, "validations": 2},
     "dpo": {"epochs": 1.0, "validations": 2},
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
+    "ablations": {"only": "dpo-all,ppo-all,mpo", "seeds": "1,2"},
 }
 
 
@@ -479,7 +480,8 @@ def grid(given: dict) -> None:
     if "seed" in given:
         raise UsageError("--seed: a grid has --seeds, with commas between")
     folder = Path(given.get("out", "runs/ablations"))
-    rows = run_grid(folder, take_flags(GridFlags, given), {name: value for name, value in given.items() if name not in about_grid})
+    flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
+    rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid})
     print(f"\nnext: python eval.py --compare {rows}")
 
 

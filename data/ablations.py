@@ -75,7 +75,6 @@ GROUPS: dict[str, dict[str, Row]] = {
     | together({"--annotator-bias": 1.0, "--pairs": 2_000}, "few-biased", (*DPO, "ppo-all", "mpo")),
 }
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
-QUICK_ROWS = "dpo-all,ppo-all,mpo"
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
     "DPO on easy pairs is at least as good as on all, and better than on others": (
         ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-difficult"),

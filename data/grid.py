@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.ablations import QUICK_ROWS, ROWS, base_flags, chosen_rows, is_ppo, stage_flags
+from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
 from data.errors import CheckpointError, Stop, UsageError
 from data.files import atomic_write, digest, read_json, write_json
 from data.flags import flag
@@ -42,7 +42,7 @@ OF_MODEL = {"--size", "--init"}  # of SFT
 
 @dataclass(frozen=True)
 class GridFlags:
-    only: str | None = flag(None, "rows and groups of data/ablations.py, with commas between (default: core)")
+    only: str = flag("core", "rows and groups of data/ablations.py, with commas between; the rows that they start from are run too")
     seeds: str = flag("1,2,3,4,5", "with commas between; each draws data, labels, weights and samples anew")
     jobs: int = flag(1, "processes at once, one thread each; changes no number", positive=True)
     rows: str | None = flag(None, "file of finished rows, which are not run again (default: OUT/rows.jsonl)")
@@ -73,7 +73,7 @@ def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
     grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None))
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")
-    wanted = [(name, int(seed)) for name in chosen_rows(flags.only or (QUICK_ROWS if common.get("--quick") else "core")) for seed in flags.seeds.split(",")]
+    wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
     known = {line["key"] for line in read_rows(grid.rows)}
     pending = [task for task in wanted if row_key(grid, *task) not in known]
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
@@ -93,13 +93,13 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
         for parent in parents:
             parent.result()
         if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():
-            print(f"[ablations] {name}, seed {seed}: started", flush=True)
+            print(f"[ablations] {name}, seed {seed}: started\n", end="", flush=True)
         make_row(grid, name, seed)
         if (name, seed) in pending:
             line = measured(grid, name, seed)
             with lock:
                 atomic_write(grid.rows, "".join(json.dumps(row) + "\n" for row in [*read_rows(grid.rows), line]))
-            print(f"[ablations] {name}, seed {seed}: finished in {line['time']['train'] + line['time']['eval']:.0f} s", flush=True)
+            print(f"[ablations] {name}, seed {seed}: finished in {line['time']['train'] + line['time']['eval']:.0f} s\n", end="", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for name, seed in needed:
@@ -214,7 +214,7 @@ def make_base(grid: Grid, name: str, seed: int) -> None:
     folder, flags, began = base_folder(grid, name, seed), shared_flags(grid, name), time.perf_counter()
     if (folder / "time.json").exists():
         return
-    print(f"[ablations] what rows share, seed {seed}: {folder.name}", flush=True)
+    print(f"[ablations] what rows share, seed {seed}: {folder.name}\n", end="", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     for part in BASE:
         stage(folder, part, seed, flags)
