@@ -434,7 +434,7 @@ def check_flags(given: dict) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("eval.py runs in one process; start it as: python eval.py ... , not by torchrun")
     if sum(mode in given for mode in ("run", "model", "compare")) != 1:
-        raise UsageError('give one of --run DIR, to compare its models, --model DIR --prompt "...", to have one answer, and --compare DIR, for a grid')
+        raise UsageError('give either --run DIR, to compare its models, --model DIR --prompt "...", to have one answer, or --compare DIR, for a grid')
     if "compare" in given and len(given) > 1:
         raise UsageError(f"--{next(name for name in given if name != 'compare').replace('_', '-')}: is not read with --compare; leave it out")
     if "compare" in given:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -205,6 +206,9 @@ def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, c
     own = stage_flags(flags, name)
     if name in ("tokenizer", "sft"):
         own |= {flag: value for flag, value in flags.items() if flag in (OF_DATA if name == "tokenizer" else OF_MODEL)}
+    for unfinished in (folder / part for part in {"tokenizer": ("data", name)}.get(name, (name,))):
+        if unfinished.exists() and not (unfinished / MANIFEST).exists():
+            shutil.rmtree(unfinished)  # a grid was stopped here
     where = "." if cwd == folder else folder
     program(cwd or Path.cwd(), folder / "log.txt", "train.py", "--stage", name, "--out", where, "--seed", seed, *typed(everywhere | own), *more)
 

@@ -61,11 +61,13 @@ def test_rows_share_all_stages_but_their_own(made):
 
 
 def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
-    """Interrupted after the first row, on a machine that keeps the folders of shared stages, and with other --jobs."""
+    """Killed within the second row's PPO, and gone on with other --jobs."""
     folder = shutil.copytree(made[0], tmp_path / "grid", symlinks=True)
     before = lines(folder / "rows.jsonl")
     (folder / "rows.jsonl").write_text(json.dumps(before[0]) + "\n")
-    shutil.rmtree(next((folder / "runs").glob("mpo-1-*")))
+    killed = next((folder / "runs").glob("mpo-1-*"))
+    for gone in (killed / "ppo" / "manifest.json", killed / "time.json"):
+        gone.unlink()
     output = command("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, "--jobs", 2, *WORLD, *TINY)
     assert "2 rows, 1 of them finished already" in output
     assert "mpo, seed 1: started" in output and "dpo-easy, seed 1: started" not in output and "what rows share" not in output
@@ -103,6 +105,7 @@ def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_p
     for name in ("broken", "after-broken", "fine"):
         monkeypatch.setitem(grid.ROWS, name, Row({"--dpo-lr": -1.0} if name == "broken" else {"--dpo-lr": 1e-4}, "broken" if "after" in name else None))
     given = vars(build_parser("ablations").parse_args([str(word) for word in (*WORLD, *TINY)]))
+    del given["stage"]
     with pytest.raises(UsageError, match=r"train.py --stage dpo stopped with exit code 2; read .*broken-1-\w+/log.txt"):
         grid.run_grid(folder, grid.GridFlags(only="broken,after-broken,fine", seeds="1"), given)
     assert [line["row"] for line in lines(folder / "rows.jsonl")] == [*ROWS, "fine"]
