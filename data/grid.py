@@ -79,6 +79,8 @@ def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
     pending = [task for task in wanted if row_key(grid, *task) not in known]
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
     failed = run_tasks(grid, pending, flags.jobs)
+    if defects := [error for error in failed if not isinstance(error, Stop)]:
+        raise defects[0]
     if failed:
         raise type(failed[0])("; ".join(dict.fromkeys(map(str, failed)))) from failed[0]
     return grid.rows
