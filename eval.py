@@ -3,6 +3,8 @@
     python eval.py --run runs/mpo                           the comparison: printed, and written to DIR/eval/report.md and report.json
     python eval.py --run runs/mpo --models dpo,ppo --greedy
     python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
+    python eval.py --run runs/mpo --models ppo,dpo --judge-out pairs.jsonl      blind pairs for an outside judge; --judge-in reads its verdicts
+    python eval.py --compare runs/ablations                 tables and pictures of a grid
 
 Every model answers the same test prompts with the same random numbers per prompt: answers are paired, and the same seed gives the same
 report. An answer is judged in up to three ways, a model also by how far it has gone:
@@ -31,21 +33,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batches import Row, encode_prompt, encode_response, stable_hash
+from data import compare, pictures
+from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.examples import HUMAN, Pair, in_template
 from data.files import atomic_write, read_json, weight_files, write_json
 from data.flags import add_flags, flag, take_flags
+from data.grid import read_rows
+from data.judge import judged, judged_text, read_verdicts, write_questions
 from data.prepare import load_pairs
-from data.report import distinct_n, mean, report_text, share, wins
+from data.report import distinct_n, mean, preference_numbers, report_text, share, wins
 from data.run import MANIFEST, open_stage, parent_key
-from data.synthetic import WORLDS, best_response, kind, true_reward, well_formed
+from data.synthetic import WORLDS, best_response, choice_probability, kind, true_reward, well_formed
 from data.tokenizer import Tokenizer
 from model.checkpoint import CONFIG
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import DeviceFlags, World, distribute, start, stop
-from model.score import reward_scores, sequence_kls
+from model.score import reference_logps, reward_scores, sequence_kls
 from model.stage import Text
 
 STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
@@ -56,6 +61,7 @@ SHOWN, QUICK_PROMPTS = 3, 64  # prompts whose answers are printed; prompts under
 class EvalFlags:
     models: str | None = flag(None, "of the run, with commas between; also sft/snapshot-* (default: the models of all finished stages)")
     prompts: int = flag(500, "how many test prompts are answered, the first in the order of their hashes", positive=True)
+    part: str = flag("test", "of the run's data, whose prompts are answered", choices=("test", "validation"))
     greedy: bool = flag(False, "answer with the likeliest token, in place of sampling")
     temperature: float = flag(1.0, "of sampled answers", positive=True)
     seed: int = flag(0, "of sampled answers")
@@ -67,8 +73,11 @@ class EvalFlags:
 class CommandFlags:
     run: str | None = flag(None, "folder of the run whose models are compared")
     model: str | None = flag(None, "folder of one model, to answer --prompt")
+    compare: str | None = flag(None, "folder of a grid made by train.py --stage ablations, or its file of rows: tables and pictures")
     prompt: str | None = flag(None, "what --model answers; made a dialogue's human turn where the model's run is about dialogues")
     raw: bool = flag(False, "take --prompt as it is")
+    judge_out: str | None = flag(None, "with --run and --models A,B (or A, against the data's chosen): write blind pairs of their answers here")
+    judge_in: str | None = flag(None, "with --run: read verdicts on such pairs from here, and report")
     quick: bool = flag(False, f"{QUICK_PROMPTS} prompts")
     device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in", choices=("fp32", "bf16"))
@@ -183,8 +192,9 @@ def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question
 # ---------------------------------------------------------------- a run's comparison
 
 
-def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
-    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it.
+def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | None = None) -> str:
+    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it. With judge_out,
+    writes blind pairs of two models' answers there instead, their key into DIR/eval/keys, and returns what to do with them.
 
     Only the calling process works, whatever `world` says of others. Raises UsageError for what is missing, CheckpointError for what does
     not fit together, NumericalError for a model whose numbers are not finite.
@@ -199,16 +209,19 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
-    questions = pick_questions(load_pairs(folder / "data", "test"), setting)
+    questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
     found, distances = model_answers(folder, names, questions, setting)
     answers = judge(answers | found, questions, reward_model, setting)
+    if judge_out:
+        return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
-    rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) for name in shown}
+    preferences = pair_preferences(folder, names, setting)
+    rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) | preferences.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
@@ -220,6 +233,23 @@ def compare_run(folder: Path, world: World, flags: EvalFlags) -> str:
     text = report_text(report)
     write_json(folder / "eval" / "report.json", report)
     atomic_write(folder / "eval" / "report.md", text)
+    print(text)
+    return text
+
+
+def ask_judge(path: Path, folder: Path, names: list[str], answers: dict[str, Answers], questions: Sequence[Question], setting: Setting) -> str:
+    """Writes the answers of two models as blind pairs for an outside judge. Raises UsageError where there are not two."""
+    if len(names) != 2:
+        raise UsageError(f"--judge-out: compares two models, or one with the data's chosen responses; --models gives {', '.join(names)}")
+    first, second = (answers[name] for name in names)
+    pairs = [
+        {"prompt": question.prompt.strip(), "first": first.texts[i].strip(), "second": second.texts[i].strip(),
+         "raw": [float(first.raw[i]), float(second.raw[i])], "true": None if first.true is None else [float(first.true[i]), float(second.true[i])]}
+        for i, question in enumerate(questions)
+    ]  # fmt: skip
+    style = load_pairs(folder / "data", setting.flags.part)[0].style
+    count = write_questions(path, folder / "eval" / "keys", (names[0], names[1]), pairs, style, setting.flags.seed)
+    text = f"{count} pairs for a judge in {path}; report its verdicts with: python eval.py --run {folder} --judge-in FILE"
     print(text)
     return text
 
@@ -293,12 +323,53 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
     return answers, distances
 
 
+def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> dict[str, dict]:
+    """Name -> what each model makes of the labelled pairs of the part that is answered."""
+    tokenizer, pairs = setting.text.tokenizer, load_pairs(folder / "data", setting.flags.part)[: setting.flags.prompts]
+    rows, _ = encode_pairs(pairs, tokenizer, setting.text.max_prompt, setting.text.max_response)
+    logps = {name: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for name in dict.fromkeys(["sft", *names])}
+    pair_of = {pair.id: pair for pair in pairs}
+    texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
+    # a world's labels are draws of a known chance; of other data we know the label alone
+    chance = np.array([choice_probability(setting.world_name, *text, 1.0, 0.0) if setting.world_name else 0.999 for text in texts]).clip(0.001, 0.999)
+    found = {}
+    for name in names:
+        flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
+        plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
+        found[name] = preference_numbers(logps[name], logps["sft"], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
+    return found
+
+
 def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:
     """One prompt with every row's response and what it is worth."""
     responses = {name: {"text": found.texts[index], "score_raw": float(found.raw[index])} for name, found in answers.items()}
     for name, found in answers.items():
         responses[name] |= {} if found.true is None else {"true_reward": float(found.true[index])}
     return {"prompt": prompt, "responses": responses}
+
+
+# ---------------------------------------------------------------- a grid's comparison
+
+
+def compare_rows(path: Path) -> None:
+    """Prints a grid's tables and writes them beside its rows: report.md, rows.csv, and pictures where matplotlib is installed.
+    Raises UsageError where there are no rows."""
+    file = path / "rows.jsonl" if path.is_dir() else path
+    lines = read_rows(file)
+    if not lines:
+        raise UsageError(f"--compare {path}: no rows in {file}; make some with: python train.py --stage ablations --out {file.parent}")
+    parts = []
+    for index, (setting, part) in enumerate(compare.by_setting(lines).items()):
+        parts += [f"## {setting}\n", compare.compared(part)]
+        folder = file.parent / (f"pictures-{index + 1}" if index else "pictures")
+        try:
+            parts.append("\n".join(f"![{picture.stem}]({picture.relative_to(file.parent)})" for picture in pictures.draw(part, folder)) + "\n")
+        except ImportError:
+            parts.append(f"No pictures: matplotlib is missing; install it with: {pictures.INSTALL}\n")
+    text = "\n".join(parts)
+    atomic_write(file.parent / "report.md", text)
+    atomic_write(file.parent / "rows.csv", compare.as_csv(lines))
+    print(text)
 
 
 # ---------------------------------------------------------------- one answer, and the command line
@@ -337,11 +408,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     try:
         check_flags(given)
+        if "compare" in given:
+            compare_rows(Path(given["compare"]))
+            return 0
         quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
         command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
         world = start(DeviceFlags(device=command.device, dtype=command.dtype))
-        if command.run is not None:
-            compare_run(Path(command.run), world, flags)
+        if command.judge_in:
+            text = judged_text(judged(*read_verdicts(Path(command.judge_in), Path(command.run) / "eval" / "keys")))
+            atomic_write(Path(command.run) / "eval" / "judged.md", text)
+            print(text)
+        elif command.run is not None:
+            compare_run(Path(command.run), world, flags, Path(command.judge_out) if command.judge_out else None)
         else:
             print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
     except Stop as error:
@@ -356,9 +434,17 @@ def check_flags(given: dict) -> None:
     """Raises UsageError for flags that do not go together."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("eval.py runs in one process; start it as: python eval.py ... , not by torchrun")
-    if ("run" in given) == ("model" in given):
-        raise UsageError('give either --run DIR, to compare its models, or --model DIR --prompt "...", to have one answer')
-    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "reward_model", "batch", "quick"})
+    if sum(mode in given for mode in ("run", "model", "compare")) != 1:
+        raise UsageError('give either --run DIR, to compare its models, --model DIR --prompt "...", to have one answer, or --compare DIR, for a grid')
+    if "compare" in given and len(given) > 1:
+        raise UsageError(f"--{next(name for name in given if name != 'compare').replace('_', '-')}: is not read with --compare; leave it out")
+    if "compare" in given:
+        return
+    if "judge_in" in given and len(given) > 2:
+        raise UsageError("--judge-in: needs --run alone; the pairs were made when --judge-out wrote them")
+    if "judge_out" in given and "models" not in given:
+        raise UsageError("--judge-out: say with --models whose answers are judged: two models, or one, against the data's chosen responses")
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
     if mode == "--model" and "prompt" not in given:

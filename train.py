@@ -12,6 +12,7 @@
     dpo        sft, split                     DIR/dpo          DPO on the easy pairs, reference = SFT
     ppo        dpo, rm, split                 DIR/ppo          PPO on the difficult prompts, start and reference = DPO: the MPO model
     mpo        all of these in order, then the comparison that eval.py makes
+    ablations  the rows of data/ablations.py over seeds, each in processes of its own, and one line for each in OUT/rows.jsonl
 
 In a chain a stage's flag takes the stage's name: --dpo-lr. `--stage X --help` lists what X reads. data/errors.py lists exit codes.
 """
@@ -33,6 +34,7 @@ from data.errors import CheckpointError, DataError, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
 from data.flags import add_flags, flag, take_flags, typed_names
+from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
@@ -130,6 +132,7 @@ QUICK = {
     "rm": {"epochs": 1.0, "validations": 2},
     "dpo": {"epochs": 1.0, "validations": 2},
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
+    "ablations": {"only": "dpo-all,ppo-all,mpo", "seeds": "1,2"},
 }
 
 
@@ -449,13 +452,17 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
     )
-    parser.add_argument("--stage", choices=tuple(STAGES), help="what to run")
-    own = ((ModelFlags,) if stage in ("sft", "mpo") else ()) + (() if stage in ("tokenizer", "split") else (SavingFlags,))
-    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own, PlanFlags):
+    whole = stage in ("mpo", "ablations")  # flags of all stages, by their names in the chain
+    parser.add_argument("--stage", choices=(*STAGES, "ablations"), help="what to run")
+    own = ((ModelFlags,) if stage == "sft" or whole else ()) + ((SavingFlags,) if stage not in ("tokenizer", "split", "ablations") else ())
+    own += () if stage == "ablations" else (PlanFlags,)
+    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own):
         add_flags(parser, group)
-    for name in CHAIN if stage == "mpo" else (stage,):
+    for name in CHAIN if whole else (stage,):
         for group in STAGE_FLAGS[name]:
-            add_flags(parser, group, f"{name}_" if stage == "mpo" else "")
+            add_flags(parser, group, f"{name}_" if whole else "")
+    if stage == "ablations":
+        add_flags(parser, GridFlags)
     return parser
 
 
@@ -483,16 +490,30 @@ def check_flags(run: Run, stage: str) -> None:
                 chosen_loss(run, flags.loss)
 
 
+def grid(given: dict) -> None:
+    """The ablation grid: what is said of the grid itself, and the flags that every row is run with."""
+    about_grid = {field.name for field in dataclasses.fields(GridFlags)} | {"out", "seed"}
+    if "seed" in given:
+        raise UsageError("--seed: a grid has --seeds, with commas between")
+    folder = Path(given.get("out", "runs/ablations"))
+    flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
+    rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid})
+    print(f"\nnext: python eval.py --compare {rows}")
+
+
 def main(arguments: list[str]) -> None:
     """Parses flags, joins the process group, prepares the data, runs the stage."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--stage", choices=tuple(STAGES))
+    first.add_argument("--stage", choices=(*STAGES, "ablations"))
     stage = first.parse_known_args(arguments)[0].stage
     if stage is None:
         print(__doc__)
-        raise UsageError(f"--stage is missing; choose one of {', '.join(STAGES)}")
+        raise UsageError(f"--stage is missing; choose one of {', '.join(STAGES)}, ablations")
     given = vars(build_parser(stage).parse_args(arguments))
     given.pop("stage")
+    if stage == "ablations":
+        grid(given)
+        return
     flags = take_flags(RunFlags, given)
     data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))

@@ -235,6 +235,25 @@ def wins(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.where(np.abs(mine - theirs) <= 1e-9, 0.5, mine > theirs)
 
 
+def preference_numbers(logps: np.ndarray, ref_logps: np.ndarray, ideal_shift: np.ndarray | None) -> dict:
+    """How a policy ranks N labelled pairs; logps and ref_logps (N, 2): log-probabilities of chosen and rejected, under policy and SFT.
+
+    chosen_shift, rejected_shift: nats gained since SFT, summed over a response's tokens; both falling is common under DPO.
+    ranking_accuracy: how often the chosen response is the likelier one, lengths and all, ties half; idealised_ranking_accuracy: the same of the
+      policy that DPO would end at, log pi(chosen) / pi(rejected) = ref_logps' difference + ideal_shift (N,), where that is log odds / beta.
+    Source: Chen et al., arXiv 2405.19534, definition 2.1 and theorem 3.1.
+    """
+    shift = logps - ref_logps
+    numbers = {
+        "chosen_shift": mean(shift[:, 0], "shift of the chosen log-probability"),
+        "rejected_shift": mean(shift[:, 1], "shift of the rejected log-probability"),
+        "ranking_accuracy": share(_wins(logps[:, 0] - logps[:, 1])),
+    }
+    if ideal_shift is not None:
+        numbers["idealised_ranking_accuracy"] = share(_wins(ref_logps[:, 0] - ref_logps[:, 1] + ideal_shift))
+    return numbers
+
+
 def report_text(report: dict) -> str:
     """The report as Markdown."""
     rows, n = report["rows"], report["prompts"]
@@ -243,6 +262,7 @@ def report_text(report: dict) -> str:
     won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
     far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
     form = {"tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
+    own = {"chosen_shift": "shift of chosen", "rejected_shift": "shift of rejected", "ranking_accuracy": "ranking accuracy", "idealised_ranking_accuracy": "ideal"}
     references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
 
     def table(columns: dict[str, str]) -> str:
@@ -257,6 +277,9 @@ def report_text(report: dict) -> str:
         f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
         f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
         table(far | form),
+        "On the test pairs' own responses: nats that their log-probabilities gained on SFT's, and how often the chosen one is the likelier; ideal is"
+        " what DPO's optimum would reach at this beta.\n",
+        table(own),
     ]
     if world:
         by_kind = [numbers["true_reward_by_kind"] for numbers in rows.values()]

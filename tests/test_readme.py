@@ -19,7 +19,7 @@ def flags_of(program, *args):
 @pytest.fixture(scope="module")
 def known():
     """Flags by command: train.py's by stage, eval.py's under its name."""
-    stages = ("tokenizer", "sft", "rm", "split", "dpo", "ppo", "mpo")
+    stages = ("tokenizer", "sft", "rm", "split", "dpo", "ppo", "mpo", "ablations")
     return {stage: flags_of("train.py", "--stage", stage) for stage in stages} | {"eval.py": flags_of("eval.py")}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import NumericalError
 from data.report import (calibration_error, distinct_n, format_interval, incomplete_beta, markdown_table, mean_interval, paired_difference,
-                         pearson, reward_model_report, t_interval, t_quantile, wilson_interval)
+                         pearson, preference_numbers, reward_model_report, t_interval, t_quantile, wilson_interval)
 
 
 # Intervals
@@ -176,3 +176,13 @@ def test_tables_and_intervals_as_text():
         "| model | score |\n| :--- | ---: |\n| a\\|b<br>c | 1 |\n| - | 2 |\n")
     with pytest.raises(ValueError, match="2 cells under a header of 1"):
         markdown_table(["model"], [[1, 2]])
+
+
+def test_how_a_policy_ranks_pairs():
+    """Three pairs by hand: log-probabilities of (chosen, rejected) under the policy and under SFT."""
+    logps, ref = np.array([[-3.0, -4.0], [-6.0, -5.0], [-2.0, -2.0]]), np.array([[-2.0, -1.0], [-5.0, -4.0], [-2.0, -1.0]])
+    found = preference_numbers(logps, ref, np.array([2.0, 0.5, 1.0]))
+    assert found["chosen_shift"]["mean"] == pytest.approx(-2 / 3) and found["rejected_shift"]["mean"] == pytest.approx(-5 / 3)
+    assert found["ranking_accuracy"]["mean"] == pytest.approx(0.5) and found["ranking_accuracy"]["ties"] == 1
+    assert found["idealised_ranking_accuracy"]["mean"] == pytest.approx(0.5)  # -1 + 2 > 0, -1 + 0.5 < 0, -1 + 1 = 0
+    assert "idealised_ranking_accuracy" not in preference_numbers(logps, ref, None)

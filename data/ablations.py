@@ -1,0 +1,125 @@
+"""The ablation grid as data: named rows, each a set of flags that differ from the defaults and the row whose model it starts from.
+
+A row without a start and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the
+row that it starts from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model. A row has
+its starting row's flags of data, tokenizer, SFT and reward model. data/grid.py runs rows, data/compare.py compares them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Row:
+    flags: dict[str, object] = field(default_factory=dict)  # in the chain's names
+    start: str | None = None  # another row
+
+
+FROM_SFT = {"--ppo-init": "sft", "--ppo-ref": "sft"}
+CORE = {
+    "dpo-all": Row({"--dpo-part": "all"}),
+    "dpo-easy": Row(),
+    "dpo-difficult": Row({"--dpo-part": "difficult"}),
+    "dpo-random": Row({"--split-rule": "random"}),
+    "ppo-all": Row(FROM_SFT | {"--ppo-part": "all"}),
+    "ppo-difficult": Row(FROM_SFT),
+    "mpo": Row(start="dpo-easy"),
+    "mpo-sft-ref": Row({"--ppo-ref": "sft"}, "dpo-easy"),
+    "mpo-sft-start": Row({"--ppo-init": "sft"}, "dpo-easy"),
+    "mpo-random-split": Row({"--split-rule": "random"}, "dpo-random"),
+    "mpo-random-dpo": Row(start="dpo-random"),  # difficult prompts, after DPO on a random half
+    "mpo-reverse": Row({"--ppo-part": "easy"}, "dpo-difficult"),
+    "mpo-all-prompts": Row({"--ppo-part": "all"}, "dpo-easy"),
+    "ppo-again": Row({"--ppo-part": "all"}, "ppo-all"),  # is it DPO, or any reference that has moved?
+    "chosen-easy": Row({"--dpo-beta": 1e-6, "--dpo-chosen-weight": 1.0}),  # the likelihood of the easy chosen responses, and nothing else
+    "ppo-chosen-easy": Row(start="chosen-easy"),
+}
+
+
+def levels(flag: str, values: Sequence, rows: Sequence[str]) -> dict[str, Row]:
+    """The rows at each value of a flag; where a starting row is among them, it is the one at that value."""
+    made = {}
+    for value in values:
+        at = "@" + flag.removeprefix("--") + f"-{value}"
+        for name in rows:
+            row = CORE[name]
+            made[name + at] = Row(row.flags | {flag: value}, row.start + at if row.start in rows else row.start)
+    return made
+
+
+def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str, Row]:
+    """The rows with all these flags."""
+    return {f"{name}@{at}": Row(CORE[name].flags | flags, CORE[name].start and f"{CORE[name].start}@{at}") for name in rows}
+
+
+DPO = ("dpo-all", "dpo-easy", "dpo-random")
+GROUPS: dict[str, dict[str, Row]] = {
+    "core": CORE,
+    "threshold": levels("--split-quantile", (0.1, 0.25, 0.75, 0.9), ("dpo-easy", "mpo")),  # the fifth, 0.5, is the default
+    "disputed": levels("--split-disputed", ("easy", "drop"), ("dpo-easy", "mpo")),
+    "folds": levels("--rm-folds", (1,), ("dpo-easy", "mpo")),  # pairs scored by the model that was trained on them
+    "temperature": levels("--label-temperature", (2.0, 4.0), (*DPO, "ppo-all", "mpo")),
+    "flips": levels("--flip-rate", (0.1, 0.2, 0.3), (*DPO, "ppo-all", "mpo")),
+    "bias": levels("--annotator-bias", (1.0, 2.0), (*DPO, "ppo-all", "mpo")),
+    "losses": {  # at a known flip rate: is it the selection that helps, or would a loss that knows of flips do?
+        "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
+        "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-flip-rate": 0.2, "--flip-rate": 0.2}),
+    },
+    "beta": levels("--dpo-beta", (0.05, 0.1, 0.2, 1.0), ("dpo-easy", "dpo-all", "dpo-random")),
+    "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
+    "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
+    "critic": levels("--ppo-critic", ("separate",), ("ppo-all", "mpo")),
+    "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
+    | together({"--annotator-bias": 1.0, "--pairs": 2_000}, "few-biased", (*DPO, "ppo-all", "mpo")),
+}
+ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
+CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
+    "DPO on easy pairs is at least as good as on all, and better than on others": (
+        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-difficult"),
+    ),
+    "the DPO model as reference beats the SFT model": (
+        ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
+    ),
+    "MPO beats DPO alone and PPO alone": (("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts")),
+    "easy before difficult beats other orders and splits": (("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo")),
+}  # fmt: skip
+MATTERS = 0.1  # true reward: the smallest difference that would change anyone's choice; the worlds' best responses are about 3 above SFT
+
+
+def chosen_rows(asked: str) -> list[str]:
+    """The rows that are asked for by their own or their groups' names, with commas between, and those that they start from, which come
+    first. Raises UsageError for a name that is not known."""
+    found: list[str] = []
+
+    def add(name: str) -> None:
+        if ROWS[name].start:
+            add(ROWS[name].start)
+        found.append(name)
+
+    for word in asked.split(","):
+        names = GROUPS.get(word, [word] if word in ROWS else None)
+        if names is None:
+            raise UsageError(f"--only {word}: no such row or group; groups are {', '.join(GROUPS)}; rows of core are {', '.join(CORE)}")
+        for name in names:
+            add(name)
+    return list(dict.fromkeys(found))
+
+
+def is_ppo(name: str) -> bool:
+    """Whether a row ends with PPO; the others end with DPO."""
+    return bool(ROWS[name].start) or any(flag.startswith("--ppo-") for flag in ROWS[name].flags)
+
+
+def base_flags(name: str) -> dict[str, object]:
+    """Those flags of a row, and of the row it starts from, that change data, tokenizer, SFT or reward model: what rows share."""
+    row = ROWS[name]
+    own = {flag: value for flag, value in row.flags.items() if not flag.startswith(("--split-", "--dpo-", "--ppo-"))}
+    return (base_flags(row.start) if row.start else {}) | own
+
+
+def stage_flags(flags: dict[str, object], stage: str) -> dict[str, object]:
+    """A stage's flags under the names that they have when the stage is run alone: --dpo-lr becomes --lr."""
+    prefix = f"--{stage}-"
+    return {"--" + flag.removeprefix(prefix): value for flag, value in flags.items() if flag.startswith(prefix)}

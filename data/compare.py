@@ -1,0 +1,149 @@
+"""What a grid's lines show: tables over seeds with t intervals, differences paired by seed, one CSV. No picture, no torch.
+
+A row has several points, one per kept weights. Four are told apart: the best by its own validation, the last, and the best on validation
+prompts by the judge (a reward model trained on other pairs) and by true reward, which no user of the method could see.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data.ablations import CLAIMS, MATTERS, ROWS
+from data.report import format_interval, markdown_table, paired_difference, t_interval
+
+PICKS = {"best": "best by own validation", "last": "last", "judge": "best by the judge", "true": "best by true reward"}
+COLUMNS = {
+    "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
+    "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
+    "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy", "tokens": "tokens", "ended": "ended",
+    "dpo_pairs": "DPO pairs seen", "online_samples": "samples online",
+}  # fmt: skip
+
+
+def by_setting(lines: Sequence[dict]) -> dict[str, list[dict]]:
+    """The lines parted by the flags that all rows of a grid share, which are the names."""
+    parts: dict[str, list[dict]] = {}
+    for line in lines:
+        parts.setdefault(" ".join(f"{flag} {value}" for flag, value in sorted(line["setting"].items())), []).append(line)
+    return parts
+
+
+def of_row(lines: Sequence[dict], name: str) -> dict[int, dict]:
+    """Seed -> line of one row."""
+    return {line["seed"]: line for line in sorted(lines, key=lambda line: line["seed"]) if line["row"] == name}
+
+
+def names_of(lines: Sequence[dict]) -> list[str]:
+    """Rows that have lines, in the order of the table."""
+    there = {line["row"] for line in lines}
+    return [name for name in ROWS if name in there] + sorted(there - set(ROWS))
+
+
+def at(pick: str, key: str) -> Callable[[dict], float | None]:
+    """line -> a number of one of its points, None where it has no such point or number."""
+    return lambda line: line["points"][line["picked"][pick]].get(key) if pick in line["picked"] else None
+
+
+def over_seeds(lines: Sequence[dict], value: Callable[[dict], float | None]) -> str | None:
+    """Mean and t interval of a number over lines, as text, counts without decimals; None where any lacks it."""
+    values = [value(line) for line in lines]
+    return None if None in values else format_interval(*t_interval(values), digits=0 if all(isinstance(value, int) for value in values) else 2)
+
+
+def at_kl(line: dict, kl: float, key: str) -> float | None:
+    """A row's number at that KL to SFT, on the straight line between its nearest points; SFT itself is the point at 0."""
+    points = sorted([(0.0, line["marks"]["sft"].get(key)), *((point["kl_sft"], point.get(key)) for point in line["points"].values())])
+    return None if any(value is None for _, value in points) else float(np.interp(kl, *zip(*points, strict=True)))
+
+
+def at_equal_kl(a: dict, b: dict, key: str) -> tuple[float, float, float] | None:
+    """The numbers of two lines at the largest KL to SFT that both reach, and that KL."""
+    kl = min(max(point["kl_sft"] for point in line["points"].values()) for line in (a, b))
+    values = at_kl(a, kl, key), at_kl(b, kl, key)
+    return None if None in values else (*values, kl)
+
+
+def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward") -> dict:
+    """a - b paired by seed: {"seeds": n, PICK: (mean, low, high), "equal_kl": (mean, low, high), "kl": mean}, less what the rows lack."""
+    first, second = of_row(lines, a), of_row(lines, b)
+    both = [(first[seed], second[seed]) for seed in first if seed in second]
+    found: dict = {"seeds": len(both)}
+    for pick in PICKS:
+        values = [(at(pick, key)(x), at(pick, key)(y)) for x, y in both]
+        if both and not any(None in pair for pair in values):
+            found[pick] = paired_difference(*zip(*values, strict=True))
+    matched = [at_equal_kl(x, y, key) for x, y in both]
+    if both and None not in matched:
+        mine, theirs, kl = zip(*matched, strict=True)
+        found |= {"equal_kl": paired_difference(mine, theirs), "kl": float(np.mean(kl))}
+    return found
+
+
+def verdict(difference: tuple[float, float | None, float | None] | None) -> str:
+    """What a paired difference of true rewards shows, in a word or two."""
+    if difference is None or difference[1] is None:
+        return "too few seeds"
+    _, low, high = difference
+    if low > 0 or high < 0:
+        return ("better" if low > 0 else "worse") + ("" if min(abs(low), abs(high)) >= MATTERS else ", perhaps by too little to matter")
+    return f"no difference of {MATTERS:g}" if -MATTERS < low and high < MATTERS else "not shown"
+
+
+def compared(lines: Sequence[dict]) -> str:
+    """All tables of one setting, as Markdown."""
+    names, world = names_of(lines), any(line["world"] for line in lines)
+    key = "true_reward" if world else "score_raw"
+    count = {name: len(of_row(lines, name)) for name in names}
+
+    def table(columns: dict[str, Callable[[dict], float | None]]) -> str:
+        rows = [[name, count[name], *(over_seeds(list(of_row(lines, name).values()), value) for value in columns.values())] for name in names]
+        return markdown_table(["", "seeds", *columns], rows)
+
+    marks = {mark: over_seeds(lines, lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
+    kinds = list(lines[0]["marks"]["sft"].get("true_reward_by_kind", {}))
+    parts = [
+        f"Mean over seeds with 95 % t interval; {lines[0]['prompts']} test prompts; {COLUMNS[key]}: "
+        + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value) + ".\n",
+        f"At the weights that are {PICKS['best']}:\n",
+        table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
+        f"{COLUMNS[key].capitalize()}, and KL to SFT, at each of the weights that one could pick:\n",
+        table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in ((key, COLUMNS[key]), ("kl_sft", "KL"))}),
+        differences_text(lines, key),
+    ]  # fmt: skip
+    if kinds:
+        parts += ["True reward by kind of prompt, best by own validation:\n",
+                  table({kind: lambda line, kind=kind: line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind) for kind in kinds})]  # fmt: skip
+    return "\n".join(parts)
+
+
+def differences_text(lines: Sequence[dict], key: str) -> str:
+    """The claims' comparisons that these lines allow. Noise in them is that of seeds; the words read the interval at equal KL."""
+    parts = [
+        f"Differences of {COLUMNS[key]}, paired by seed. Equal KL: both rows on the straight lines between their kept weights, at the largest KL to"
+        f" SFT that both reach. The last column reads that interval; smaller than {MATTERS:g} does not matter.\n"
+    ]
+    for claim, pairs in CLAIMS.items():
+        rows = []
+        for a, b in pairs:
+            found = differences(lines, a, b, key)
+            if found["seeds"]:
+                cells = [format_interval(*found[pick]) if pick in found else None for pick in (*PICKS, "equal_kl")]
+                rows.append([f"{a} - {b}", found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", verdict(found.get("equal_kl"))])
+        if rows:
+            parts += [f"Claim: {claim}.\n", markdown_table(["", "seeds", *PICKS.values(), "at equal KL", "that KL", "shown"], rows)]
+    return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def as_csv(lines: Sequence[dict]) -> str:
+    """Every point of every line as one row of CSV."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["setting", "row", "seed", "point", "picked", *COLUMNS])
+    for setting, part in by_setting(lines).items():
+        for line in part:
+            for point, numbers in line["points"].items():
+                picks = " ".join(pick for pick, name in line["picked"].items() if name == point)
+                writer.writerow([setting, line["row"], line["seed"], point, picks, *(numbers.get(column) for column in COLUMNS)])
+    return file.getvalue()

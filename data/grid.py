@@ -1,0 +1,304 @@
+"""Runs the rows of data/ablations.py, each in processes of its own, and keeps what each shows as one line of JSON.
+
+Folders, all under OUT/runs and named by what they were made with, so that other flags never meet old folders:
+
+    base-SEED-KEY      data, tokenizer, SFT, reward model and split, which rows share: one per seed and setting of those stages
+      judge              a reward model on pairs that no row trains on, with the base's tokenizer and SFT model
+    ROW-SEED-KEY       the row's own stage; the base's stages and `start`, the model that it starts from, are links
+
+Every process has one thread, so that numbers do not depend on how many run at once. A finished row is a line of the rows file, keyed by its
+flags, seed and inputs, never by a folder: a grid goes on where it stopped, on any machine that is given the file. Training has no true
+reward; a line has it because eval.py measures it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
+from data.errors import CheckpointError, Stop, UsageError
+from data.files import atomic_write, digest, read_json, write_json
+from data.flags import flag
+from data.prepare import DataFlags, WorldFlags
+from data.run import MANIFEST, code_version
+from data.synthetic import WORLDS
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ("tokenizer", "sft", "rm", "split")
+TEST_PROMPTS = 2000
+JUDGE_SEED = 100_000  # added to a seed for the judge's pairs: far from every seed that anyone types
+OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
+OF_MODEL = {"--size", "--init"}  # of SFT
+
+
+@dataclass(frozen=True)
+class GridFlags:
+    only: str = flag("core", "rows and groups of data/ablations.py, with commas between; the rows that they start from are run too")
+    seeds: str = flag("1,2,3,4,5", "with commas between; each draws data, labels, weights and samples anew")
+    jobs: int = flag(1, "processes at once, one thread each; changes no number", positive=True)
+    rows: str | None = flag(None, "file of finished rows, which are not run again (default: OUT/rows.jsonl)")
+    judge_data: str | None = flag(None, "pairs of the judging reward model, like --data (default: in worlds other draws, else no judge)")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One call: where, which flags were typed for all rows (in the chain's names), and where the judge's pairs come from."""
+
+    out: Path
+    rows: Path
+    common: dict[str, object]
+    judge_data: str | None
+
+
+def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
+    """Runs every row that has no line yet and returns the rows file. `given`: the flags that were typed for all rows, by name.
+
+    Raises UsageError for names and seeds that are none, or for flags that rows decide; at the end the failure of the first row that failed.
+    """
+    common = {"--" + name.replace("_", "-"): value for name, value in given.items()}
+    if decided := sorted(flag for flag in common if re.fullmatch(r"--(dpo|ppo)-(init|ref|part|prompts|reward-model)", flag)):
+        raise UsageError(f"{decided[0]}: is what the rows differ in; leave it out")
+    if not common.get("--quick"):
+        common.setdefault("--test-prompts", TEST_PROMPTS)
+    data = common.setdefault("--data", "advice")
+    grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None))
+    if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
+        raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")
+    wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
+    known = {line["key"] for line in read_rows(grid.rows)}
+    pending = [task for task in wanted if row_key(grid, *task) not in known]
+    print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
+    failed = run_tasks(grid, pending, flags.jobs)
+    if defects := [error for error in failed if not isinstance(error, Stop)]:
+        raise defects[0]
+    if failed:
+        raise type(failed[0])("; ".join(dict.fromkeys(map(str, failed)))) from failed[0]
+    return grid.rows
+
+
+def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[BaseException]:
+    """Makes what the pending rows need, bases first, and measures them; returns failures. A worker seldom waits: parents come first."""
+    needed = [(name, seed) for name, seed in pending for name in chosen_rows(name)]
+    needed = sorted(dict.fromkeys(needed), key=lambda task: len(chosen_rows(task[0])))
+    lock, tasks = threading.Lock(), {}
+
+    def make(name: str, seed: int, parents: list[Future]) -> None:
+        for parent in parents:
+            parent.result()
+        if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():
+            print(f"[ablations] {name}, seed {seed}: started\n", end="", flush=True)
+        make_row(grid, name, seed)
+        if (name, seed) in pending:
+            line = measured(grid, name, seed)
+            with lock:
+                atomic_write(grid.rows, "".join(json.dumps(row) + "\n" for row in [*read_rows(grid.rows), line]))
+            print(f"[ablations] {name}, seed {seed}: finished in {line['time']['train'] + line['time']['eval']:.0f} s\n", end="", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, seed in needed:
+            base = base_folder(grid, name, seed)
+            if base not in tasks:
+                tasks[base] = pool.submit(make_base, grid, name, seed)
+        for name, seed in needed:
+            start = ROWS[name].start
+            parents = [tasks[base_folder(grid, name, seed)], *([tasks[start, seed]] if start else [])]
+            tasks[name, seed] = pool.submit(make, name, seed, parents)
+        try:
+            failures = [task.exception() for task in tasks.values()]
+        except BaseException:  # Ctrl-C: what runs has had it too, and what waits must not begin
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [error for error in failures if error]
+
+
+# What a row is known by
+
+def row_key(grid: Grid, name: str, seed: int) -> str:
+    """A digest of everything that a row's numbers follow from, the code apart."""
+    return short_digest(described(grid, name, seed))
+
+
+def described(grid: Grid, name: str, seed: int) -> dict:
+    """A row's flags, seed and inputs, and those of the row that it starts from. Files are known by their contents."""
+    row = ROWS[name]
+    flags = {flag: content(value) for flag, value in (grid.common | base_flags(name) | row.flags).items()}
+    start = row.start and described(grid, row.start, seed)
+    return {"flags": flags, "seed": seed, "judge": grid.judge_data and content(grid.judge_data), "start": start}
+
+
+def content(value):
+    """A flag's value; for a spec of files their kind and digests in place of their paths."""
+    kind, _, paths = str(value).partition(":")
+    if kind not in ("hh", "tldr", "jsonl"):
+        return value
+    missing = [path for path in paths.split(",") if not Path(path).is_file()]
+    if missing:
+        raise UsageError(f"{value}: no file {missing[0]}")
+    return f"{kind}:" + ",".join(digest(Path(path))[:16] for path in paths.split(","))
+
+
+def short_digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def shared_flags(grid: Grid, name: str) -> dict[str, object]:
+    """Flags of the stages that a row shares with others."""
+    return {flag: value for flag, value in (grid.common | base_flags(name)).items() if not flag.startswith(("--dpo-", "--ppo-"))}
+
+
+def base_folder(grid: Grid, name: str, seed: int) -> Path:
+    flags = {flag: content(value) for flag, value in shared_flags(grid, name).items()}
+    return grid.out / "runs" / f"base-{seed}-{short_digest([flags, grid.judge_data and content(grid.judge_data)])}"
+
+
+def row_folder(grid: Grid, name: str, seed: int) -> Path:
+    return grid.out / "runs" / f"{name}-{seed}-{row_key(grid, name, seed)}"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The lines of a rows file; none where there is no file. Raises CheckpointError with file:line for one that is damaged."""
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise CheckpointError(f"{path}:{number}: is no line of a grid ({error}); remove it, and that row is run again") from error
+    return lines
+
+
+# Making and measuring
+
+def program(folder: Path, log: Path, *arguments) -> None:
+    """`python ARGUMENTS` in a folder, on one thread, its output added to the log; raises the failure that its exit code stands for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as output:
+        script, *rest = map(str, arguments)
+        print("\n$", script, *rest, file=output, flush=True)
+        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        code = subprocess.run(
+            [sys.executable, str(ROOT / script), *rest], cwd=folder, env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ).returncode
+    if code:
+        kind = {kind.code: kind for kind in Stop.__subclasses__()}.get(code, Stop)
+        raise kind(f"{script} {' '.join(rest[:2])} stopped with exit code {code}; read {log}")
+
+
+def typed(flags: dict[str, object]) -> list[str]:
+    """Flags as they are typed."""
+    words = []
+    for name, value in flags.items():
+        words += [name if value else name.replace("--", "--no-", 1)] if isinstance(value, bool) else [name, str(value)]
+    return words
+
+
+def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, cwd: Path | None = None) -> None:
+    """One stage of a run with those of the flags that it reads."""
+    # of no stage in particular: device, dtype, --quick
+    everywhere = {flag: v for flag, v in flags.items() if not re.match(r"--(tokenizer|sft|rm|split|dpo|ppo)-", flag) and flag not in OF_DATA | OF_MODEL}
+    own = stage_flags(flags, name)
+    if name in ("tokenizer", "sft"):
+        own |= {flag: value for flag, value in flags.items() if flag in (OF_DATA if name == "tokenizer" else OF_MODEL)}
+    for unfinished in (folder / part for part in {"tokenizer": ("data", name)}.get(name, (name,))):
+        if unfinished.exists() and not (unfinished / MANIFEST).exists():
+            shutil.rmtree(unfinished)  # a grid was stopped here
+    where = "." if cwd == folder else folder
+    program(cwd or Path.cwd(), folder / "log.txt", "train.py", "--stage", name, "--out", where, "--seed", seed, *typed(everywhere | own), *more)
+
+
+def make_base(grid: Grid, name: str, seed: int) -> None:
+    """The stages that rows share, and the judge; what is there already is not made again."""
+    folder, flags, began = base_folder(grid, name, seed), shared_flags(grid, name), time.perf_counter()
+    if (folder / "time.json").exists():
+        return
+    print(f"[ablations] what rows share, seed {seed}: {folder.name}\n", end="", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in BASE:
+        stage(folder, part, seed, flags)
+    if grid.judge_data:
+        judge = folder / "judge"
+        judge.mkdir(exist_ok=True)
+        stage(judge, "tokenizer", seed + JUDGE_SEED, flags | {"--data": grid.judge_data}, "--file", folder / "tokenizer" / "tokenizer.model")
+        stage(judge, "rm", seed + JUDGE_SEED, flags | {"--rm-folds": 1}, "--init", folder / "sft")
+    (folder / "cache").mkdir(exist_ok=True)
+    write_json(folder / "time.json", time.perf_counter() - began)
+
+
+def make_row(grid: Grid, name: str, seed: int) -> None:
+    """A row's own stages, beside links to everything else."""
+    row, base, folder = ROWS[name], base_folder(grid, name, seed), row_folder(grid, name, seed)
+    began, flags = time.perf_counter(), grid.common | row.flags
+    folder.mkdir(parents=True, exist_ok=True)
+    own_split = any(flag.startswith("--split-") for flag in row.flags)
+    shared = ("data", "tokenizer", "sft", "rm", "cache", *(() if own_split else ("split",)))
+    links = {part: base / part for part in shared}
+    if row.start:
+        links["start"] = row_folder(grid, row.start, seed) / last_stage(row.start)
+    for link, target in links.items():
+        if not (folder / link).is_symlink():
+            (folder / link).symlink_to(os.path.relpath(target, folder))
+    if own_split:
+        stage(folder, "split", seed, flags, cwd=folder)
+    if is_ppo(name):
+        from_start = {} if "--ppo-init" in row.flags else {"--ppo-init": "start"}
+        flags = from_start | ({} if "--ppo-ref" in row.flags else {"--ppo-ref": "start"}) | flags
+    if not (folder / "time.json").exists():
+        stage(folder, last_stage(name), seed, flags, cwd=folder)
+        write_json(folder / "time.json", time.perf_counter() - began)
+
+
+def last_stage(name: str) -> str:
+    return "ppo" if is_ppo(name) else "dpo"
+
+
+def measured(grid: Grid, name: str, seed: int) -> dict:
+    """A finished row's line: what eval.py says of its best, its last and all other kept weights, and what they cost."""
+    folder, base, last = row_folder(grid, name, seed), base_folder(grid, name, seed), last_stage(name)
+    began = time.perf_counter()
+    asked = ["--run", ".", "--models", f"sft,{last},{last}/snapshot-*", "--seed", seed]
+    asked += [word for flag in ("--device", "--dtype") if flag in grid.common for word in (flag, grid.common[flag])]
+    asked += ["--quick"] if grid.common.get("--quick") else ["--prompts", TEST_PROMPTS]
+    judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
+    program(folder, folder / "log.txt", "eval.py", *asked, "--part", "validation", *judge)
+    validation = read_json(folder / "eval" / "report.json")
+    program(folder, folder / "log.txt", "eval.py", *asked)
+    test = read_json(folder / "eval" / "report.json")
+    points = {point: plain(test["rows"][point]) | cost(grid, name, seed, point) for point in test["rows"] if point.startswith(last)}
+    picked = {"best": last, "last": max(point for point in points if "/" in point)} if len(points) > 1 else {"best": last, "last": last}
+    for by, what in (("judge", "score_raw"), ("true", "true_reward")):
+        if validation["world"] or by == "judge" and grid.judge_data:
+            picked[by] = max(points, key=lambda point: validation["rows"][point][what]["mean"])
+    results = read_json(folder / last / MANIFEST)["results"]
+    return {
+        "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
+        "setting": {flag: content(value) for flag, value in grid.common.items()},
+        "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
+        "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},
+        "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "points": points, "picked": picked,
+        "validation": {point: {key: value for key, value in plain(validation["rows"][point]).items() if key in ("score_raw", "true_reward")} for point in points},
+        "time": {"shared": read_json(base / "time.json"), "train": read_json(folder / "time.json"), "eval": time.perf_counter() - began},
+    }  # fmt: skip
+
+
+def plain(numbers: dict) -> dict:
+    """A row of eval.py's report without intervals, which here are over seeds."""
+    return {key: plain(value) if key.endswith("_by_kind") else value["mean"] if isinstance(value, dict) else value for key, value in numbers.items()}
+
+
+def cost(grid: Grid, name: str, seed: int, point: str) -> dict[str, int]:
+    """Pairs seen by DPO and responses sampled by PPO until this point, those of the rows that it starts from included."""
+    made = read_json(row_folder(grid, name, seed) / last_stage(name) / MANIFEST)
+    steps = int(point.rpartition("-")[2]) if "/" in point else made["results"]["step"] + 1
+    start = ROWS[name].start
+    before = cost(grid, start, seed, last_stage(start)) if start else {"dpo_pairs": 0, "online_samples": 0}
+    mine = {"online_samples": made["flags"]["prompts_per_iteration"]} if is_ppo(name) else {"dpo_pairs": made["flags"]["batch_size"]}
+    return {what: before[what] + steps * mine.get(what, 0) for what in before}

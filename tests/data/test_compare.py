@@ -1,0 +1,99 @@
+"""What a grid's lines show, on lines made by hand."""
+
+import csv
+import io
+import sys
+
+import pytest
+
+from data import pictures
+from data.ablations import CORE, ROWS, is_ppo
+from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, differences, names_of, over_seeds, verdict
+
+
+def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
+    """A row's line with three snapshots; the second is the best."""
+    stage = "ppo" if is_ppo(row) else "dpo"
+    numbers = {"score_raw": 1.0, "true_reward_by_kind": {"list": 1.5}, "online_samples": 0, "dpo_pairs": 16, "ended": 1.0}
+    points = {f"{stage}/snapshot-{i}": numbers | {"true_reward": r, "kl_sft": kl} for i, (r, kl) in enumerate(zip(rewards, kls, strict=True))}
+    points[stage] = points[f"{stage}/snapshot-1"]
+    marks = {"sft": {"true_reward": 0.0, "score_raw": 0.0, "true_reward_by_kind": {"list": 1.0}}, "chosen": {"true_reward": 1.0, "score_raw": 1.0}}
+    buckets = {"[0, 1)": {"share": 0.6, "accuracy": 0.5}, "[1, inf)": {"share": 0.4, "accuracy": 0.8}}
+    return {
+        "row": row, "seed": seed, "key": f"{row}{seed}", "setting": setting or {"--data": "advice"}, "prompts": 20, "world": "advice",
+        "marks": marks, "points": points, "picked": {"best": stage, "last": f"{stage}/snapshot-2"}, "reward_model": {"buckets": buckets},
+        "time": {"train": 60.0, "eval": 1.0},
+    }  # fmt: skip
+
+
+LINES = [
+    line("mpo", 1, (1.0, 2.0, 1.5)), line("mpo", 2, (1.0, 3.0, 1.5)), line("mpo", 3, (1.0, 4.0, 1.5)),
+    line("dpo-easy", 2, (0.5, 2.0, 1.0)), line("dpo-easy", 1, (0.5, 1.5, 1.0)),
+]  # fmt: skip
+
+
+def test_differences_are_paired_by_seed():
+    found = differences(LINES, "mpo", "dpo-easy")
+    assert found["seeds"] == 2  # seed 3 has no partner
+    middle, low, high = found["best"]
+    assert middle == pytest.approx(0.75)  # of 2 - 1.5 and 3 - 2
+    assert high - middle == pytest.approx(12.706 * 0.25, rel=1e-3)  # t for one degree of freedom, times 0.3536 / sqrt 2
+    assert found["last"] == pytest.approx((0.5, 0.5, 0.5))
+    assert differences(LINES, "mpo", "ppo-all") == {"seeds": 0}
+
+
+def test_rows_are_compared_at_a_kl_that_both_reach():
+    short = line("dpo-easy", 1, (1.0, 2.0, 2.0), kls=(0.2, 0.4, 0.8))
+    assert at_kl(short, 0.1, "true_reward") == pytest.approx(0.5)  # half way from SFT's 0
+    assert at_kl(short, 0.3, "true_reward") == pytest.approx(1.5)
+    mine, theirs, kl = at_equal_kl(line("mpo", 1, (1.0, 2.0, 1.5)), short, "true_reward")
+    assert (mine, theirs, kl) == pytest.approx((1.6, 2.0, 0.8))  # 1 + 0.6, of the way from 0.5 to 1
+
+
+def test_verdicts():
+    assert verdict(None) == verdict((1.0, None, None)) == "too few seeds"
+    assert verdict((0.5, 0.2, 0.8)) == "better" and verdict((-0.5, -0.8, -0.2)) == "worse"
+    assert verdict((0.1, 0.02, 0.2)) == "better, perhaps by too little to matter"
+    assert verdict((0.0, -0.05, 0.05)) == "no difference of 0.1"
+    assert verdict((0.3, -0.1, 0.7)) == "not shown"
+
+
+def test_means_need_every_seed():
+    assert over_seeds(LINES[:3], lambda found: found["points"]["ppo"]["dpo_pairs"]) == "16 [16, 16]"
+    assert over_seeds(LINES[:1], lambda found: found["points"]["ppo"]["true_reward"]) == "2.00"
+    assert over_seeds(LINES[:3], lambda found: None if found["seed"] == 2 else 1.0) is None
+
+
+def test_the_report_has_every_row_and_the_claims_it_can_judge():
+    text = compared(LINES)
+    assert text.count("| mpo | 3 |") == 3 and text.count("| dpo-easy | 2 |") == 3
+    assert "| mpo - dpo-easy | 2 | 0.75 [" in text and "mpo - ppo-all" not in text
+    assert names_of(LINES) == ["dpo-easy", "mpo"]
+
+
+def test_settings_are_not_mixed():
+    parts = by_setting([*LINES, line("mpo", 1, (1, 2, 3), setting={"--data": "digest"})])
+    assert list(parts) == ["--data advice", "--data digest"] and [len(part) for part in parts.values()] == [5, 1]
+
+
+def test_csv_has_a_row_per_point():
+    rows = list(csv.DictReader(io.StringIO(as_csv(LINES))))
+    assert len(rows) == 5 * 4
+    best = next(row for row in rows if row["row"] == "mpo" and row["seed"] == "2" and row["point"] == "ppo")
+    assert best["picked"] == "best" and float(best["true_reward"]) == 3.0 and best["kl_ref"] == ""
+
+
+def test_pictures_of_whatever_rows_there_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert {path.stem for path in pictures.draw(LINES, tmp_path / "few")} == {"gaps", "frontier", "rows"}
+    every = [line(name, seed, (1.0, 2.0, 3.0)) for name in ROWS for seed in (1, 2)]
+    assert {path.stem for path in pictures.draw(every, tmp_path / "all")} == {"gaps", "frontier", "rows", "threshold", "noise"}
+    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "all").iterdir())
+    sweeps = [line(name, 1, (1.0, 2.0, 3.0)) for name in ROWS if name not in CORE]
+    assert "threshold" in {path.stem for path in pictures.draw(sweeps, tmp_path / "sweeps")}
+
+
+def test_without_matplotlib_an_import_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError):
+        pictures.draw(LINES, tmp_path)

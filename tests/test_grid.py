@@ -1,0 +1,141 @@
+"""`train.py --stage ablations` on tiny budgets: what is shared, what a line says, going on after a stop, and rows that fail."""
+
+import json
+import shutil
+
+import pytest
+from runs import TINY, WORLD, command, here
+
+from data import grid
+from data.ablations import Row
+from data.errors import UsageError
+from train import build_parser
+
+ROWS = ("dpo-easy", "mpo")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(line):
+    return {key: value for key, value in line.items() if key != "time"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, output) of a grid of two rows, one of which starts from the other."""
+    folder = tmp_path_factory.mktemp("grid") / "grid"
+    return folder, command("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, *WORLD, *TINY)
+
+
+def test_a_line_per_row_with_all_that_is_reported(made):
+    folder, _ = made
+    found = {line["row"]: line for line in lines(folder / "rows.jsonl")}
+    assert tuple(found) == ROWS
+    for name, line in found.items():
+        stage = "ppo" if name == "mpo" else "dpo"
+        assert line["picked"]["best"] == stage and line["picked"]["last"] == max(line["points"])
+        assert set(line["picked"]) == {"best", "last", "judge", "true"} and len(line["points"]) > 1
+        for point in line["points"].values():
+            assert {"true_reward", "score_raw", "wins_against_chosen", "wins_against_sft", "kl_sft", "kl_ref", "well_formed", "chosen_shift",
+                    "true_reward_by_kind", "tokens", "ended", "online_samples", "dpo_pairs"} <= set(point)  # fmt: skip
+        assert {"sft", "chosen", "best"} == set(line["marks"]) and line["prompts"] == 20
+        assert str(folder) not in json.dumps(line)  # a line means the same on any machine
+    last = found["mpo"]["points"][found["mpo"]["picked"]["last"]]
+    assert last["online_samples"] == 2 * 8
+    assert last["dpo_pairs"] == found["dpo-easy"]["points"]["dpo"]["dpo_pairs"]  # where its start was trained on
+
+
+def test_rows_share_all_stages_but_their_own(made):
+    folder, _ = made
+    base, dpo, mpo = (next((folder / "runs").glob(f"{name}-1-*")) for name in ("base", *ROWS))
+    assert {path.name for path in dpo.iterdir() if path.is_symlink()} == {"data", "tokenizer", "sft", "rm", "split", "cache"}
+    assert (mpo / "start").resolve() == (dpo / "dpo").resolve() and (mpo / "sft").resolve() == (base / "sft").resolve()
+    parents = json.loads((mpo / "ppo" / "manifest.json").read_text())["parents"]
+    assert {parents["init"]["path"], parents["ref"]["path"]} == {"start"}
+    judge = json.loads((base / "judge" / "data" / "manifest.json").read_text())
+    assert judge["flags"]["seed"] != json.loads((base / "data" / "manifest.json").read_text())["flags"]["seed"]
+    pairs = [{(row["prompt"], row["chosen"], row["rejected"]) for row in lines(run / "data" / "train.jsonl")} for run in (base, base / "judge")]
+    assert len(pairs[0] & pairs[1]) <= 0.02 * len(pairs[0])  # other draws of the same world
+
+
+def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
+    """Killed within the second row's PPO, and gone on with other --jobs."""
+    folder = shutil.copytree(made[0], tmp_path / "grid", symlinks=True)
+    before = lines(folder / "rows.jsonl")
+    (folder / "rows.jsonl").write_text(json.dumps(before[0]) + "\n")
+    killed = next((folder / "runs").glob("mpo-1-*"))
+    for gone in (killed / "ppo" / "manifest.json", killed / "time.json"):
+        gone.unlink()
+    output = command("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, "--jobs", 2, *WORLD, *TINY)
+    assert "2 rows, 1 of them finished already" in output
+    assert "mpo, seed 1: started" in output and "dpo-easy, seed 1: started" not in output and "what rows share" not in output
+    after = lines(folder / "rows.jsonl")
+    assert list(map(timeless, after)) == list(map(timeless, before))
+
+
+def test_a_finished_grid_runs_nothing_and_needs_no_folders(made, tmp_path):
+    rows = shutil.copy(made[0] / "rows.jsonl", tmp_path / "committed.jsonl")
+    output = here("--stage", "ablations", "--out", tmp_path / "elsewhere", "--rows", rows, "--only", "mpo", "--seeds", 1, *WORLD, *TINY)
+    assert "2 rows, 2 of them finished already" in output and not (tmp_path / "elsewhere").exists()
+
+
+def test_other_flags_are_another_row(made):
+    given = {"data": "advice", "pairs": 200}
+    keys = set()
+    for change, judge in (({}, "advice"), ({"dpo_lr": 1e-3}, "advice"), ({"pairs": 100}, "advice"), ({}, None)):
+        common = {"--" + name.replace("_", "-"): value for name, value in (given | change).items()}
+        keys.add(grid.row_key(grid.Grid(made[0], made[0], common, judge), "mpo", 1))
+    assert len(keys) == 4
+
+
+def test_files_are_known_by_their_contents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("same")
+    assert grid.content(f"jsonl:{tmp_path}/a") == grid.content(f"jsonl:{tmp_path}/b") != grid.content(f"hh:{tmp_path}/a")
+    (tmp_path / "b").write_text("other")
+    assert grid.content(f"jsonl:{tmp_path}/a") != grid.content(f"jsonl:{tmp_path}/b")
+    with pytest.raises(UsageError, match="no file"):
+        grid.content(f"jsonl:{tmp_path}/c")
+
+
+def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(made[0], tmp_path / "grid", symlinks=True)
+    for name in ("broken", "after-broken", "fine"):
+        monkeypatch.setitem(grid.ROWS, name, Row({"--dpo-lr": -1.0} if name == "broken" else {"--dpo-lr": 1e-4}, "broken" if "after" in name else None))
+    given = vars(build_parser("ablations").parse_args([str(word) for word in (*WORLD, *TINY)]))
+    del given["stage"]
+    with pytest.raises(UsageError, match=r"train.py --stage dpo stopped with exit code 2; read .*broken-1-\w+/log.txt"):
+        grid.run_grid(folder, grid.GridFlags(only="broken,after-broken,fine", seeds="1"), given)
+    assert [line["row"] for line in lines(folder / "rows.jsonl")] == [*ROWS, "fine"]
+    assert "--lr -1.0: must be a positive" in next((folder / "runs").glob("broken-1-*/log.txt")).read_text()
+
+
+def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
+    for words, message in (
+        (("--ppo-part", "all"), "--ppo-part: is what the rows differ in"),
+        (("--seed", "3"), "--seed: a grid has --seeds"),
+        (("--seeds", "1,x"), "--seeds 1,x: give whole numbers"),
+        (("--only", "no-such"), "--only no-such: no such row"),
+    ):
+        assert message in here("--stage", "ablations", "--out", tmp_path / "grid", *words, expect=2)
+    assert not (tmp_path / "grid").exists()
+
+
+def test_compare_prints_tables_and_writes_them(made, tmp_path):
+    rows = shutil.copy(made[0] / "rows.jsonl", tmp_path)
+    output = here("--compare", rows, program="eval.py")
+    assert "| mpo - dpo-easy | 1 |" in output and ("pictures/rows.png" in output or "pip install" in output)
+    assert (tmp_path / "report.md").read_text().strip() in output.strip() and (tmp_path / "rows.csv").exists()
+    assert "no rows in" in here("--compare", tmp_path / "none", program="eval.py", expect=2)
+
+
+def test_judges_by_the_commands(made, tmp_path):
+    run = shutil.copytree(next((made[0] / "runs").glob("mpo-1-*")), tmp_path / "run", symlinks=False)
+    here("--run", run, "--models", "ppo,sft", "--judge-out", tmp_path / "pairs.jsonl", program="eval.py")
+    asked = lines(tmp_path / "pairs.jsonl")
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps({"id": row["id"], "verdict": "tie"}) + "\n" for row in asked))
+    output = here("--run", run, "--judge-in", tmp_path / "verdicts.jsonl", program="eval.py")
+    assert "| ppo wins against sft, ties half | 20 | 20 | 0.50 [" in output and (run / "eval" / "judged.md").exists()
+    assert "say with --models" in here("--run", run, "--judge-out", tmp_path / "pairs.jsonl", program="eval.py", expect=2)
