@@ -329,7 +329,7 @@ def test_a_damaged_snapshot_is_named_and_left_out(stopped, tmp_path, whole):
     path.write_bytes(flip(path.read_bytes()))
     output = here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume")
     assert f"MISSING OR CHANGED, AND LEFT OUT: {path}" in output and not path.exists()
-    assert goes_on(run, whole) == {"snapshot-00004/config.json", "snapshot-00004/model.safetensors", "snapshot-00004/tokenizer.model"}
+    assert goes_on(run, whole) == {f"snapshot-00004/{name}" for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")}
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_touched(stopped, tmp_path):

@@ -3,7 +3,7 @@
     python tests/bench/testbed.py --run runs/mpo [--prompts 100] [--draws 64]
 
 The best of n samples of SFT is at most log n - (n - 1) / n nats from SFT, and nearly the best policy at that distance: so the table says
-how far a policy can come at which KL. Below it: how often labels agree with the truth, how gaps are spread, and the kinds of prompts in
+how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model. Below it: how often labels agree with the truth, how gaps are spread, and the kinds of prompts in
 the easy half and in all.
 """
 
@@ -27,21 +27,23 @@ from data.split import read_split  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model.checkpoint import load_model  # noqa: E402
 from model.generate import generate, row_uniforms  # noqa: E402
-from model.heads import LanguageModel  # noqa: E402
+from model.heads import LanguageModel, ScalarModel  # noqa: E402
 
 
-def sampled_rewards(name: str, run: Path, prompts: list[str], style: str, draws: int, limits: dict) -> tuple[np.ndarray, float]:
-    """True rewards (prompts, draws) of SFT's samples, and the share that is well-formed."""
+def sampled_rewards(name: str, run: Path, prompts: list[str], style: str, draws: int, limits: dict) -> tuple[np.ndarray, np.ndarray, float]:
+    """True rewards and the reward model's scores (prompts, draws) of SFT's samples, and the share that is well-formed."""
     tokenizer = Tokenizer(run / "tokenizer" / "tokenizer.model")
-    model, rewards, well = load_model(run / "sft", LanguageModel).eval(), [], 0
+    model, judge = load_model(run / "sft", LanguageModel).eval(), load_model(run / "rm", ScalarModel).eval()
+    rewards, scores, well = [], [], 0
     for prompt in prompts:
         ids, _ = encode_prompt(prompt, style, tokenizer, limits["max_prompt"])
         numbers = row_uniforms(stable_hash("testbed", prompt), range(draws), limits["max_response"])
         drawn = generate(model, [ids] * draws, max_new_tokens=limits["max_response"], eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, uniforms=numbers)
         texts = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(drawn.tokens, drawn.response_mask, strict=True)]
+        scores.append(judge(drawn.tokens, len(ids) + drawn.response_mask.sum(dim=1)).numpy())
         rewards.append([synthetic.true_reward(name, prompt, text) for text in texts])
         well += sum(synthetic.well_formed(name, prompt, text) for text in texts)
-    return np.array(rewards), well / (len(prompts) * draws)
+    return np.array(rewards), np.array(scores), well / (len(prompts) * draws)
 
 
 def main() -> None:
@@ -54,16 +56,21 @@ def main() -> None:
     name, test = described["data"], load_pairs(flags.run / "data", "test")
     prompts, style = [pair.prompt for pair in test[: flags.prompts]], test[0].style
     with torch.no_grad():
-        rewards, well_formed = sampled_rewards(name, flags.run, prompts, style, flags.draws, described)
+        rewards, scores, well_formed = sampled_rewards(name, flags.run, prompts, style, flags.draws, described)
     best = np.array([synthetic.true_reward(name, prompt, synthetic.best_response(name, prompt)) for prompt in prompts])
     rows = []
     for n in (1, 4, 16, 32, flags.draws):
-        groups = rewards[:, : flags.draws // n * n].reshape(len(prompts), -1, n).max(axis=2).mean(axis=1)
-        share = (groups.mean() - rewards.mean()) / (best.mean() - rewards.mean())
-        rows.append((f"best of {n}", f"{math.log(n) - (n - 1) / n:.2f}", format_interval(*mean_interval(groups)), f"{share:.2f}"))
-    rows.append(("best response", "-", format_interval(*mean_interval(best)), "1.00"))
+        groups, judged = (x[:, : flags.draws // n * n].reshape(len(prompts), -1, n) for x in (rewards, scores))
+        by_truth = groups.max(axis=2).mean(axis=1)
+        by_score = np.take_along_axis(groups, judged.argmax(axis=2)[..., None], axis=2).mean(axis=(1, 2))
+        cells = []
+        for picked in (by_truth, by_score):
+            share = (picked.mean() - rewards.mean()) / (best.mean() - rewards.mean())
+            cells += [format_interval(*mean_interval(picked)), f"{share:.2f}"]
+        rows.append((f"best of {n}", f"{math.log(n) - (n - 1) / n:.2f}", *cells))
+    rows.append(("best response", "-", format_interval(*mean_interval(best)), "1.00", "-", "-"))
     print(f"**{name}**, SFT of {flags.run}, {len(prompts)} test prompts, {flags.draws} samples each; well-formed {well_formed:.3f}\n")
-    print(markdown_table(["", "KL to SFT, nats, at most", "true reward", "way from SFT to best"], rows))
+    print(markdown_table(["", "KL to SFT, nats, at most", "true reward", "way to best", "picked by the reward model", "way to best"], rows))
 
     gaps = np.array([synthetic.true_reward(name, p.prompt, p.chosen) - synthetic.true_reward(name, p.prompt, p.rejected) for p in test])
     print(f"\nlabels agree with the truth on {np.mean(gaps[gaps != 0] > 0):.3f} of the test pairs; true gaps below 1: {np.mean(abs(gaps) < 1):.2f}")
