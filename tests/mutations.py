@@ -150,7 +150,7 @@ MUTATIONS = [
         ("the value head starts with noise", "model/heads.py",
          "            nn.init.zeros_(self.value_head.weight)\n", "", "tests/model/test_heads.py"),
         ("pickles are loaded", "model/checkpoint.py",
-         "file = safe_open(path, \"pt\")", "file = torch.load(path, weights_only=False)", "tests/model/test_checkpoint.py -k pickle"),
+         "file = safe_open(path, \"pt\")", "file = __import__(\"pickle\").loads(path.read_bytes())", "tests/model/test_checkpoint.py -k pickle"),
         ("missing tensors pass", "model/checkpoint.py",
          "    if problems:\n        raise", "    if False:\n        raise", "tests/model/test_checkpoint.py"),
         ("the cache's key does not count", "model/score.py",
