@@ -75,7 +75,7 @@ class ModelFlags:
 @dataclass(frozen=True)
 class SftFlags(FitFlags):
     epochs: float = flag(2.0, "passes over the training rows; parts of one are possible", positive=True)
-    weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices; without it attention saturates, and a reward model learns little from such a trunk")
+    weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices; a reward model that starts from SFT learns more with it")
     include_prompt: bool = flag(False, "learn the prompt's tokens too")
 
 

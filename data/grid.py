@@ -93,6 +93,7 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
     lock, tasks = threading.Lock(), {}
 
     def make(name: str, seed: int, parents: list[Future]) -> None:
+        """Makes one row once its parents are made, and measures it where its line is pending."""
         for parent in parents:
             parent.result()
         if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():

@@ -39,7 +39,7 @@ from data.run import CHECKPOINTS, METRICS, Metrics, code_version
 from model.parallel import World, bare, whole
 
 LISTING, STATE, TENSORS = "checkpoint.json", "state.json", ("weights", "optimiser")
-BEST = ("model.safetensors", "config.json", "tokenizer.model", "critic/model.safetensors", "critic/config.json", "critic/tokenizer.model")
+BEST = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*")  # what keep("") writes, and beside it in critic/
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,8 @@ class Saving:
                 self.snapshots[name] = digest(path)
         described = {"step": step, **state, "snapshots": self.snapshots, "dtype": str(self.world.dtype), "versions": versions()}
         contents = contents | {STATE: json.dumps(described, indent=2, allow_nan=False).encode(), METRICS: metrics.written()}
-        contents |= {f"best/{name}": (self.folder / name).read_bytes() for name in BEST if (self.folder / name).exists()}
+        best = sorted(path for pattern in BEST for where in ("", "critic/") for path in self.folder.glob(where + pattern))
+        contents |= {f"best/{path.relative_to(self.folder)}": path.read_bytes() for path in best}
         write_checkpoint(self.folder / CHECKPOINTS, step, contents, self.most)
 
     @contextlib.contextmanager

@@ -3,10 +3,10 @@
     pip install -r tests/bench/requirements.txt
     python tests/bench/dpo.py [--repeats 5] [--pairs 16] [--prompt 96] [--response 64] [--threads N]
 
-A LLaMA of 8.4M parameters, random ids, prompts of a third of --prompt to all of it tokens, responses of a quarter of --response to all of
-it. Measured twice: the reference read at every step on both sides, and its log-probabilities known beforehand on both. The losses of the
-first two steps must agree before anything is timed. Prints medians, tokens per second with the prompt counted twice on both sides (ours
-reads it once: packing.py measures what that is worth), and the median of the paired ratios.
+A LLaMA of 8.4M parameters, random ids, prompts of a third of --prompt to all of it tokens, responses likewise. Measured twice: the
+reference read at every step on both sides, and its log-probabilities known beforehand on both. The losses of the first two steps must
+agree before anything is timed. Prints medians, tokens per second with the prompt counted twice on both sides (ours reads it once:
+packing.py measures what that is worth), and the median of the paired ratios.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
+from packing import VOCAB, random_pairs
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from data.batches import PairRow, Row  # noqa: E402
+from data.batches import PairRow  # noqa: E402
 from data.report import markdown_table  # noqa: E402
 from losses.dpo import dpo  # noqa: E402
 from model.checkpoint import save_model  # noqa: E402
@@ -34,27 +34,13 @@ from model.fit import train_step  # noqa: E402
 from model.heads import LanguageModel  # noqa: E402
 from model.objectives import preference_objective  # noqa: E402
 from model.optim import clipped_step, make_optimiser  # noqa: E402
-from model.parallel import World  # noqa: E402
+from model.parallel import ALONE  # noqa: E402
 from model.score import reference_logps  # noqa: E402
 from model.transformer import ModelConfig, initialise  # noqa: E402
 
-CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
+CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 3}
-ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 BETA, LR = 0.1, 1e-5
-
-
-def random_pairs(count: int, prompt: int, response: int) -> list[PairRow]:
-    numbers = np.random.default_rng(0)
-    pairs = []
-    for index in range(count):
-        start = tuple(numbers.integers(4, CONFIG.vocab_size, numbers.integers(prompt // 3, prompt + 1)).tolist())
-        rows = [
-            Row(str(index), start, tuple(numbers.integers(4, CONFIG.vocab_size, numbers.integers(response // 4, response + 1)).tolist()))
-            for _ in range(2)
-        ]
-        pairs.append(PairRow(str(index), *rows))
-    return pairs
 
 
 class Ours:

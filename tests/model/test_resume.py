@@ -117,6 +117,19 @@ def test_the_best_weights_are_those_of_the_checkpoint(tmp_path, whole):
     assert equal(run(tmp_path), whole["sft"]) and not (tmp_path / "snapshot-00099").exists()
 
 
+def test_best_weights_in_several_files_are_kept_whole(tmp_path, monkeypatch):
+    """A large model's weights lie in files with an index beside them: a checkpoint holds all of them and gives them back."""
+    monkeypatch.setattr("model.checkpoint.SHARD", 20_000)
+    run(tmp_path, stop_at=5)
+    in_checkpoint = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints/step-00000004/best").iterdir()}
+    assert "model.safetensors.index.json" in in_checkpoint and len(in_checkpoint) > 3
+    for path in tmp_path.glob("model*"):
+        path.write_bytes(b"later")
+    monkeypatch.setattr(fit_module, "evaluate", lambda *args: {"loss": 1e9})  # nothing better comes: the best is the checkpoint's
+    run(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in in_checkpoint} == in_checkpoint
+
+
 def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, whole, monkeypatch):
     plain = fit_module.train_step
     calls = []
