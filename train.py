@@ -49,7 +49,7 @@ from model.objectives import preference_objective, reward_objective, sft_objecti
 from model.optim import BY_SIZE, for_size
 from model.parallel import ALONE, DeviceFlags, bare, distribute, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
-from model.resume import SavingFlags
+from model.resume import LoopFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
@@ -454,7 +454,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     )
     whole = stage in ("mpo", "ablations")  # flags of all stages, by their names in the chain
     parser.add_argument("--stage", choices=(*STAGES, "ablations"), help="what to run")
-    own = ((ModelFlags,) if stage == "sft" or whole else ()) + ((SavingFlags,) if stage not in ("tokenizer", "split", "ablations") else ())
+    own = ((ModelFlags,) if stage == "sft" or whole else ()) + ((LoopFlags,) if stage not in ("tokenizer", "split", "ablations") else ())
     own += () if stage == "ablations" else (PlanFlags,)
     for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own):
         add_flags(parser, group)
@@ -468,7 +468,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 
 def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
-    if (take_flags(SavingFlags, run.given).save_every or 0) < 0:
+    if (take_flags(LoopFlags, run.given).save_every or 0) < 0:
         raise UsageError("--save-every: must be 0 or more")
     for name in CHAIN if stage == "mpo" else (stage,):
         prefix = f"{name}-" if run.chain else ""

@@ -254,6 +254,30 @@ def preference_numbers(logps: np.ndarray, ref_logps: np.ndarray, ideal_shift: np
     return numbers
 
 
+def profile_text(logs: Sequence[Sequence[dict]]) -> str:
+    """Where the time of training went: a table of phases from the lines of metrics files, each file one loop's; "" where they have none.
+
+    A line's `time` is the seconds since its loop began (which begins again where a run was resumed), or with PPO the seconds of each
+    phase and their `total`, which is that. What no phase accounts for is `other`: saving, and what lies between the phases.
+    """
+    seconds: dict[str, float] = {}
+    for lines in logs:
+        last = 0.0
+        for line in lines:
+            phases = dict(line["time"]) if isinstance(line["time"], dict) else {"total": line["time"]}
+            now = phases.pop("total")
+            spent, last = now - (last if now >= last else 0.0), now
+            if any(name.startswith("valid_") for name in line):
+                phases = {"validation": spent}
+            elif not phases:
+                phases = {"steps": spent}
+            for name, value in (phases | {"other": spent - sum(phases.values())}).items():
+                seconds[name] = seconds.get(name, 0.0) + value
+    whole = sum(seconds.values())
+    rows = [[name, f"{value:.1f}", f"{value / whole:.0%}"] for name, value in seconds.items() if value >= 0.0005 * whole]
+    return markdown_table(["phase", "seconds", "share"], [*rows, ["all", f"{whole:.1f}", "100%"]]) if whole else ""
+
+
 def report_text(report: dict) -> str:
     """The report as Markdown."""
     rows, n = report["rows"], report["prompts"]

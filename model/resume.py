@@ -43,9 +43,12 @@ BEST = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"
 
 
 @dataclass(frozen=True)
-class SavingFlags:
+class LoopFlags:
+    """Flags of a training loop that change none of its numbers."""
+
     save_every: int | None = flag(None, "steps (ppo: rounds) from checkpoint to checkpoint; 0: none but on a signal (default: 100; ppo: 10)")
     keep: int = flag(2, "checkpoints that are kept, the newest; with 2 there is one to fall back to", positive=True)
+    profile: bool = flag(False, "say at the end where the time went, phase by phase")
 
 
 # ---- a checkpoint on disk

@@ -6,6 +6,7 @@ ends well.
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -20,11 +21,12 @@ from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.files import atomic_write, digest, write_json
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
+from data.report import profile_text
 from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import open_model, save_model
 from model.parallel import World
-from model.resume import Saving, SavingFlags, last_checkpoint
+from model.resume import Saving, LoopFlags, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class Run:
             self.world.barrier()
             if self.world.is_main:
                 finish_stage(folder, name, results)
+                if take_flags(LoopFlags, self.given).profile and (logs := sorted(folder.rglob(METRICS))):
+                    print(profile_text([[json.loads(line) for line in log.read_text().splitlines()] for log in logs]), end="")
         self.say(f"[{name}] made {folder} in {time.perf_counter() - began:.0f} s")
         self.world.barrier()
 
     def saving(self, folder: Path, text: "Text", every: int = 100) -> Saving:
         """How a training loop in `folder` saves itself; every: steps between checkpoints where the flag does not say."""
-        flags = take_flags(SavingFlags, self.given)
+        flags = take_flags(LoopFlags, self.given)
         every = every if flags.save_every is None else flags.save_every
         return Saving(folder, self.world, every, flags.keep, self.folder / "failures", text.describe)
 

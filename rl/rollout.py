@@ -93,6 +93,8 @@ def roll_out(
     clock, seconds = [time.perf_counter()], {}
 
     def lap(name: str) -> None:
+        if tokens.is_cuda:
+            torch.cuda.synchronize()  # kernels are only queued: without waiting, a phase would be charged to a later one
         seconds[name] = time.perf_counter() - clock[-1]
         clock.append(time.perf_counter())
 

@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import NumericalError
 from data.report import (calibration_error, distinct_n, format_interval, incomplete_beta, markdown_table, mean_interval, paired_difference,
-                         pearson, preference_numbers, reward_model_report, t_interval, t_quantile, wilson_interval)
+                         pearson, preference_numbers, profile_text, reward_model_report, t_interval, t_quantile, wilson_interval)
 
 
 # Intervals
@@ -176,6 +176,22 @@ def test_tables_and_intervals_as_text():
         "| model | score |\n| :--- | ---: |\n| a\\|b<br>c | 1 |\n| - | 2 |\n")
     with pytest.raises(ValueError, match="2 cells under a header of 1"):
         markdown_table(["model"], [[1, 2]])
+
+
+def test_where_the_time_went():
+    """Two loops: one of PPO, one that was resumed after its second step."""
+    ppo = [
+        {"valid_score": 0.0, "time": 2.0},
+        {"score": 0.0, "time": {"generate": 1.0, "update": 3.0, "total": 7.0}},
+        {"score": 0.0, "time": {"generate": 1.5, "update": 2.5, "total": 11.0}},
+        {"valid_score": 0.0, "time": 13.0},
+    ]
+    other = [{"valid_loss": 1.0, "time": 1.0}, {"loss": 1.0, "time": 3.0}, {"loss": 1.0, "time": 2.5}]
+    lines = profile_text([ppo, other]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [["validation", "5.0", "27%"], ["other", "1.0", "5%"], ["generate", "2.5", "14%"], ["update", "5.5", "30%"],
+                     ["steps", "4.5", "24%"], ["all", "18.5", "100%"]]  # fmt: skip
+    assert profile_text([[]]) == ""
 
 
 def test_how_a_policy_ranks_pairs():
