@@ -54,7 +54,7 @@ class PpoFlags:
     end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score")
     ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
     value_clip: float | None = flag(0.2, "values move at most so far from the old ones in one round", positive=True)
-    value_coef: float = flag(0.5, "weight of the value loss")
+    value_coef: float = flag(0.1, "weight of the value loss; a large one harms a policy that shares its trunk with the critic")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     critic: str = flag("trunk", "value head on the policy's trunk, or a model of its own from the reward model", choices=("trunk", "separate"))
     discount: float = flag(1.0, "of later rewards", positive=True)
