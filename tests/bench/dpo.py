@@ -6,11 +6,13 @@
 A LLaMA of 8.4M parameters, random ids, prompts of a third of --prompt to all of it tokens, responses likewise. Measured twice: the
 reference read at every step on both sides, and its log-probabilities known beforehand on both. The losses of the first two steps must
 agree before anything is timed. Prints medians, tokens per second with the prompt counted twice on both sides (ours reads it once:
-packing.py measures what that is worth), and the median of the paired ratios.
+packing.py measures what that is worth), the median of the paired ratios, and what two steps of each side, in a process of its own, add to
+the memory that the process had with everything imported.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from data.batches import PairRow  # noqa: E402
 from data.report import markdown_table  # noqa: E402
 from losses.dpo import dpo  # noqa: E402
-from model.checkpoint import save_model  # noqa: E402
+from model.checkpoint import load_model, save_model  # noqa: E402
 from model.fit import train_step  # noqa: E402
 from model.heads import LanguageModel  # noqa: E402
 from model.objectives import preference_objective  # noqa: E402
@@ -100,21 +102,45 @@ def timed(side, pairs: list[PairRow]) -> float:
     return time.perf_counter() - began
 
 
+def make_models(folder: Path) -> None:
+    """Policy and reference, in folders 0 and 1."""
+    for seed in range(2):
+        model = LanguageModel(CONFIG)
+        initialise(model, seed)
+        save_model(model, folder / str(seed), special_ids=IDS, is_main=True)
+
+
+def make_side(name: str, folder: Path, pairs: list[PairRow], known: bool):
+    if name == "ours":
+        return Ours(*(load_model(folder / seed, LanguageModel) for seed in "01"), known)
+    return Theirs(folder / "0", folder / "1", pairs, known, str(folder))
+
+
 def compare(pairs: list[PairRow], known: bool, repeats: int) -> tuple[float, float, float]:
     """Median seconds of our step and of theirs, and the median of their paired ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        models = []
-        for seed in range(2):
-            models.append(LanguageModel(CONFIG))
-            initialise(models[-1], seed)
-            save_model(models[-1], Path(folder) / str(seed), special_ids=IDS, is_main=True)
-        ours = Ours(*models, known)
-        theirs = Theirs(Path(folder) / "0", Path(folder) / "1", pairs, known, folder)
+        make_models(Path(folder))
+        ours, theirs = (make_side(name, Path(folder), pairs, known) for name in ("ours", "TRL"))
         for _ in range(2):
             losses = ours.step(pairs), theirs.step(pairs)
             assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), losses
         times = [(timed(ours, pairs), timed(theirs, pairs)) for _ in range(repeats)]
     return *(statistics.median(column) for column in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
+
+
+def memory_of(name: str, folder: Path, pairs: list[PairRow]) -> float:
+    """GiB that two steps of one side add to this process; meant for a process that does nothing else."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest so far begins again at what there is now
+    before = kib("VmRSS")
+    side = make_side(name, folder, pairs, known=False)
+    for _ in range(2):
+        side.step(pairs)
+    return (kib("VmHWM") - before) / 2**20
+
+
+def kib(what: str) -> int:
+    """A line of /proc/self/status."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
 
 
 def main() -> None:
@@ -124,10 +150,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=96)
     parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a side, and where the models lie: this script's own children
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
     pairs, rows = random_pairs(flags.pairs, flags.prompt, flags.response), []
+    if flags.memory_of:
+        print(memory_of(flags.memory_of[0], Path(flags.memory_of[1]), pairs))
+        return
     tokens = sum(pair.chosen.length + pair.rejected.length for pair in pairs)
     for known in (False, True):
         ours, theirs, ratio = compare(pairs, known, flags.repeats)
@@ -135,6 +165,14 @@ def main() -> None:
         rows.append((name, f"{tokens / ours:.0f}", f"{tokens / theirs:.0f}", f"{ratio:.2f}"))
     print(f"{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {torch.get_num_threads()} threads, fp32\n")
     print(markdown_table(["reference", "ours, tokens/s", "TRL, tokens/s", "ratio"], rows))
+    with tempfile.TemporaryDirectory() as folder:
+        make_models(Path(folder))
+        asked = ["--pairs", str(flags.pairs), "--prompt", str(flags.prompt), "--response", str(flags.response)]
+        ours, theirs = (
+            float(subprocess.run([sys.executable, __file__, *asked, "--memory-of", name, folder], check=True, capture_output=True).stdout.split()[-1])
+            for name in ("ours", "TRL")
+        )
+    print(f"\nmemory of two steps, reference read at every step: ours {ours:.2f} GiB, TRL {theirs:.2f} GiB, ratio {theirs / ours:.2f}")
 
 
 if __name__ == "__main__":
