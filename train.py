@@ -41,13 +41,13 @@ from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
 from data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 from eval import EvalFlags, compare_run
-from losses.dpo import PREFERENCE_LOSSES, Pairs, loss_flags
+from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
 from model.checkpoint import count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
 from model.optim import BY_SIZE, for_size
-from model.parallel import ALONE, DeviceFlags, bare, distribute, exit_code, start
+from model.parallel import ALONE, DeviceFlags, World, bare, distribute, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.resume import LoopFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
@@ -270,7 +270,7 @@ def chosen_loss(run: Run, name: str):
         raise UsageError(f"--{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
     try:
-        PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 2), **arguments)
+        PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 3), **arguments)
     except ValueError as error:
         raise UsageError(f"--loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments
@@ -285,6 +285,8 @@ def dpo_stage(run: Run) -> None:
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
     flags = for_size("dpo", flags, count_parameters(init))
     parents = {"init": init, "ref": ref_path, **({} if ids is None else {"split": run.folder / "split"})}
+    if flags.loss in READS_GAP:
+        parents["rm"] = run.parent("rm")
     model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
     if not run.begins("dpo", as_flags(flags) | arguments, parents):
         return
@@ -306,6 +308,7 @@ def dpo_stage(run: Run) -> None:
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
         same_start = weights_digest(init) == key["weights"]
+        gaps = reward_gaps(parents["rm"], text, validation, world) if "rm" in parents else None
         model = distribute(model, world)
         prompts, seed = validation_prompts(run, text, 64), stable_hash(run.flags.seed, "dpo", "watch")
 
@@ -315,7 +318,7 @@ def dpo_stage(run: Run) -> None:
 
         at_first = partial(check_first_preference_step, flags.loss, arguments, world) if same_start else lambda numbers: None
         results |= fit(
-            model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device), train, validation, flags,
+            model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device, gaps), train, validation, flags,
             stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
             saving=run.saving(folder, text), at_first=at_first, at_validation=watch,
         )  # fmt: skip
@@ -324,6 +327,14 @@ def dpo_stage(run: Run) -> None:
             f"  {len(train)} pairs; best at step {results['step']}: validation loss {results['loss']:.4f}, accuracy {results['accuracy']:.3f},"
             f" KL {results['kl_ref_seq']:.2f}, chosen log-probability {-results['chosen_fall']:+.2f}"
         )
+
+
+def reward_gaps(rm: Path, text: Text, validation: list[PairRow], world: World) -> dict[str, float]:
+    """Row id -> gap: of training pairs as they were scored for the split, of validation pairs by the model trained on all."""
+    lines = [json.loads(line) for line in (rm / "scores.jsonl").read_text().splitlines()]
+    scores = reward_scores_of_pairs(distribute(text.load(rm, ScalarModel), world, frozen=True), validation, text.tokenizer.pad_id, world)
+    of_validation = {row.id: chosen - rejected for row, (chosen, rejected) in zip(validation, scores.tolist(), strict=True)}
+    return {line["id"]: line["chosen"] - line["rejected"] for line in lines} | of_validation
 
 
 def sampling(text: Text, flags: PpoFlags, mean: float, std: float) -> Sampling:

@@ -63,6 +63,10 @@ GROUPS: dict[str, dict[str, Row]] = {
     "temperature": levels("--label-temperature", (2.0, 4.0), (*DPO, "ppo-all", "mpo")),
     "flips": levels("--flip-rate", (0.1, 0.2, 0.3), (*DPO, "ppo-all", "mpo")),
     "bias": levels("--annotator-bias", (1.0, 2.0), (*DPO, "ppo-all", "mpo")),
+    "labels": {  # is it the selection that helps, or the reward model's opinion, which all pairs could have?
+        "relabelled-all": Row({"--dpo-part": "all", "--dpo-loss": "soft", "--dpo-sharpness": 1000.0}),
+        "soft-all": Row({"--dpo-part": "all", "--dpo-loss": "soft"}),
+    },
     "losses": {  # at a known flip rate: is it the selection that helps, or would a loss that knows of flips do?
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-flip-rate": 0.2, "--flip-rate": 0.2}),

@@ -11,7 +11,8 @@ are the same model, so h = 0 whatever the loss.
 
 **To add a loss**, write one function `name(pairs, *, beta: float = 0.1, ...) -> (B,)` below and enter it in PREFERENCE_LOSSES. Its keyword
 arguments become its flags: each needs a type, a default and one line `name: help` under `Args:`. Raise ValueError for values without a meaning.
-tests/losses/test_dpo.py tests every entry of the table. What else a loss must know about a pair becomes a field of `Pairs`.
+tests/losses/test_dpo.py tests every entry of the table. What else a loss must know about a pair becomes a field of `Pairs`; one that reads
+the reward model's gap is also named in READS_GAP.
 """
 
 import inspect
@@ -34,6 +35,7 @@ class Pairs:
     ref_rejected_logp: Tensor  # log ref(y_l | x), without gradient
     chosen_length: Tensor  # |y_w|, response tokens with the end token
     rejected_length: Tensor  # |y_l|
+    gap: Tensor | None = None  # reward model's r(x, y_w) - r(x, y_l) in log-odds; there for the losses named in READS_GAP
 
 
 def log_ratios(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,28 @@ def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     return F.relu(1 - beta * (chosen - rejected))
 
 
-PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge}
+def soft(pairs: Pairs, *, beta: float = 0.5, sharpness: float = 1.0) -> Tensor:
+    """DPO on what the reward model thinks of a pair, in place of its label; (B,).
+
+        p = sigmoid(sharpness gap),     L = - p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h)
+
+    Least where beta h = sharpness * gap: the policy is to be as sure as the reward model, and against the label where that is. A large
+    sharpness gives DPO on pairs that the reward model has labelled anew.
+
+    Args:
+        beta: strength of the pull to the reference; smaller lets the policy move further (a larger KL)
+        sharpness: what the reward model's gap is multiplied by; 1 takes it at its word, 1000 makes hard labels of it
+
+    Source: derived, the cross-entropy to Bradley-Terry's probability; kin to OSP's soft-preference cross-entropy (arXiv 2405.14103, whose
+    exact form was not seen).
+    """
+    chosen, rejected = log_ratios(pairs)
+    h, p = chosen - rejected, (sharpness * pairs.gap).sigmoid()
+    return -p * F.logsigmoid(beta * h) - (1 - p) * F.logsigmoid(-beta * h)
+
+
+PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge, "soft": soft}
+READS_GAP = {"soft"}
 
 
 def loss_flags(loss: Callable[..., Tensor]) -> dict[str, tuple[type, object, str]]:

@@ -40,9 +40,14 @@ def reward_objective(pad_id: int, device: torch.device) -> Objective:
 
 
 def preference_objective(
-    preference_loss: Callable[[Pairs], Tensor], beta: float, ref_logps: dict[str, tuple[float, float]], pad_id: int, device: torch.device
+    preference_loss: Callable[[Pairs], Tensor],
+    beta: float,
+    ref_logps: dict[str, tuple[float, float]],
+    pad_id: int,
+    device: torch.device,
+    gaps: dict[str, float] | None = None,
 ) -> Objective:
-    """A loss of losses/dpo.py; ref_logps: row id -> the reference's (chosen, rejected) sums; divided by pairs.
+    """A loss of losses/dpo.py; ref_logps: row id -> the reference's (chosen, rejected) sums, gaps: -> the reward model's gap; divided by pairs.
 
     Metrics per pair: accuracy and margin of the implicit rewards, the two rewards, the two log-probabilities, and chosen_fall, by how
     many nats the chosen response has become less likely than under the reference.
@@ -53,7 +58,8 @@ def preference_objective(
         chosen_logp, rejected_logp = pair_logps(model, rows, pad_id, device).unbind(dim=1)
         ref = torch.tensor([ref_logps[row.id] for row in rows], dtype=torch.float32, device=device)
         lengths = torch.tensor([[len(row.chosen.response), len(row.rejected.response)] for row in rows], device=device)
-        pairs = Pairs(chosen_logp, rejected_logp, ref[:, 0], ref[:, 1], lengths[:, 0], lengths[:, 1])
+        gap = None if gaps is None else torch.tensor([gaps[row.id] for row in rows], dtype=torch.float32, device=device)
+        pairs = Pairs(chosen_logp, rejected_logp, ref[:, 0], ref[:, 1], lengths[:, 0], lengths[:, 1], gap)
         chosen_reward, rejected_reward = implicit_rewards(pairs, beta)
         margin = chosen_reward - rejected_reward
         metrics = {

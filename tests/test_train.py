@@ -246,6 +246,17 @@ def test_ppo_ablations(chain, tmp_path, name):
     assert sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
 
 
+def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
+    """All pairs with sharp labels of the reward model's own: the first loss is ln 2, and the rm is among what the model was made from."""
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    here("--stage", "dpo", "--out", run, *BUDGETS["dpo"], "--part", "all", "--loss", "soft", "--sharpness", 1000)
+    assert sha256(run / "rm" / "manifest.json") in manifest(run / "dpo")["parents"]["rm"].values()
+    assert steps(run / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+    (run / "dpo").rename(run / "soft")
+    message = here("--stage", "dpo", "--out", run, "--sharpness", 2, expect=2)
+    assert "--sharpness: the loss dpo does not read it" in message
+
+
 def test_init_does_not_move_the_reference(chain, tmp_path):
     """DPO from another start keeps the SFT reference: its first implicit rewards are not 0."""
     run = copy_of(chain, tmp_path / "run", "ppo")

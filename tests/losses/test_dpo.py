@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from losses.dpo import PREFERENCE_LOSSES, Pairs, dpo, hinge, implicit_rewards, ipo, loss_flags, robust
+from losses.dpo import PREFERENCE_LOSSES, Pairs, dpo, hinge, implicit_rewards, ipo, loss_flags, robust, soft
 from losses.masked import masked_sum
 
 LN2 = math.log(2)
@@ -17,7 +17,7 @@ def pairs_with(h, length=5):
     h = torch.tensor(h)
     ref_chosen, ref_rejected = torch.full_like(h, -20.0), torch.full_like(h, -24.0)
     lengths = torch.full(h.shape, length)
-    return Pairs(ref_chosen + 0.75 * h, ref_rejected - 0.25 * h, ref_chosen, ref_rejected, lengths, lengths)
+    return Pairs(ref_chosen + 0.75 * h, ref_rejected - 0.25 * h, ref_chosen, ref_rejected, lengths, lengths, torch.full_like(h, 2.0))
 
 
 def gradients(loss, pairs, **flags):
@@ -123,7 +123,7 @@ def test_doubling_a_response_doubles_the_sum_and_not_the_mean():
 
         mask = ~pad(token_logp).isnan()
         logp, ref_logp, length = masked_sum(pad(token_logp), mask), masked_sum(pad(ref_token_logp), mask), mask.sum(-1)
-        return Pairs(logp[:1], logp[1:], ref_logp[:1], ref_logp[1:], length[:1], length[1:])
+        return Pairs(logp[:1], logp[1:], ref_logp[:1], ref_logp[1:], length[:1], length[1:], torch.ones(1))
 
     margins = [implicit_rewards(pairs(times, 0), beta=1.0)[0].item() for times in (1, 2)]
     assert margins == pytest.approx([2.5, 5.0])
@@ -143,6 +143,30 @@ def test_shares_of_wrong_labels_are_below_a_half(loss, flag, share):
 def test_a_negative_chosen_weight_is_refused():
     with pytest.raises(ValueError, match="chosen_weight"):
         dpo(pairs_with([0.0]), chosen_weight=-1.0)
+
+
+# Soft labels
+
+def test_soft_labels_by_hand():
+    """gap 2: p = sigmoid(2) = 0.880797; at beta h = 1: 0.880797 x 0.313262 + 0.119203 x 1.313262."""
+    assert soft(pairs_with([2.0]), beta=0.5).item() == pytest.approx(0.880797 * 0.313262 + 0.119203 * 1.313262, abs=1e-5)
+
+
+def test_soft_labels_are_learnt_as_far_as_the_reward_model_is_sure():
+    """The gradient is 0 at beta h = gap, and pulls back beyond."""
+    below, at, beyond = gradients(soft, pairs_with([3.9, 4.0, 4.1]), beta=0.5)[0].tolist()
+    assert below < -1e-3 and abs(at) < 1e-7 and beyond > 1e-3
+
+
+def test_sharp_soft_labels_are_dpo_on_relabelled_pairs():
+    pairs = pairs_with([-3.0, 0.5, 2.0])
+    disputed = replace(pairs, gap=-pairs.gap)
+    exchanged = replace(
+        pairs, chosen_logp=pairs.rejected_logp, rejected_logp=pairs.chosen_logp, ref_chosen_logp=pairs.ref_rejected_logp,
+        ref_rejected_logp=pairs.ref_chosen_logp,
+    )  # fmt: skip
+    assert torch.allclose(soft(pairs, beta=0.3, sharpness=1000.0), dpo(pairs, beta=0.3))
+    assert torch.allclose(soft(disputed, beta=0.3, sharpness=1000.0), dpo(exchanged, beta=0.3))
 
 
 # Every entry of the table, a new one included
