@@ -126,7 +126,7 @@ def folders(run, published, tmp_path_factory):
             if way == "one":
                 here(*flags)
             else:
-                lines.append([str(flag) for flag in (*flags, "--parallel", way, "--checkpoint-activations")])
+                lines.append([str(flag) for flag in (*flags, "--parallel", way, "--checkpoint-activations", "--offload")])
             made[way, stage] = copy / stage
     (base / "commands.json").write_text(json.dumps(lines))
     command(*TORCHRUN, "tests/commands_on_ranks.py", base / "commands.json", program="-m")
@@ -136,7 +136,8 @@ def folders(run, published, tmp_path_factory):
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("stage", TRAINED)
 def test_two_processes_train_it_as_one_does(folders, stage, way):
-    """Every loss and metric within 1e-5, whatever the processes share, and though they compute activations again."""
+    """Every loss and metric within 1e-5, whatever the processes share, though they compute activations again, and though frozen models rest
+    in the CPU's memory."""
     lines, others = metrics(folders["one", stage]), metrics(folders[way, stage])
     assert len(lines) == len(others) and sum(line.get("updates", 1) for line in steps(folders["one", stage])) == 3
     for index, (line, other) in enumerate(zip(lines, others, strict=True)):

@@ -180,11 +180,23 @@ def imported(world, folder):
     return {"local": local, "logp": logp, "gradients": gradients, "in_bf16": in_bf16, "names": names, "types": types}
 
 
+def resting(world):
+    """Scores of a frozen model that rests in the CPU's memory, and of one that does not; and whether FSDP2 was told."""
+    made = []
+    for offload in (False, True):
+        world = dataclasses.replace(world, offload=offload)
+        model = distribute(loud(ScalarModel), world, frozen=True)
+        made.append(reward_scores(model, ragged_rows(7), PAD, world, batch=2).tolist())
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    told = [type(state._fsdp_param_group.offload_policy).__name__ for state in states]
+    return {"present": made[0], "resting": made[1], "told": told}
+
+
 def everything(world, folder):
     """All of the above under one world; the results as one JSON file in `folder`."""
     results = {name: train(world, folder / name, name) for name in ("sft", "rm", "dpo")}
     results |= {"score": score(world), "sample": sample(world), "nan": stop_on_nan(world), "chunked": chunked(world)}
-    results |= {"bf16": in_bf16(world), "imported": imported(world, folder)}
+    results |= {"bf16": in_bf16(world), "imported": imported(world, folder), "resting": resting(world)}
     if world.is_main:
         write_json(folder / "results.json", results)
 
