@@ -201,8 +201,9 @@ per step of a ring. Exchange and computing overlap, so the longer one counts. On
 - **Batch.** A step of 64 rows is one row for each of 64 processes; with more, some would have none, and `--prompts-per-iteration` must be a multiple
   of their number. Beyond 64 processes the batch has to grow, and learning rate and number of rounds with it: no such run was made.
 - **All-gather.** A process receives the same bytes however many there are, while its computing shrinks with its rows. Exchange takes as long as
-  computing at {even} rows per process in an optimiser step. With fewer, more processes do not make a step faster; from a thousand on the steps of
-  the ring weigh more than its bytes. Sharding within groups of processes, with copies between them (hybrid sharding), would be the remedy; it is not here.
+  computing at {even} rows per process
+  in an optimiser step. With fewer, more processes do not make a step faster; from a thousand on the steps of the ring weigh more than its bytes.
+  Sharding within groups of processes, with copies between them (hybrid sharding), would be the remedy; it is not here.
 - **Generation.** Each process reads all {weights:.1f} GB of its gathered weights per token, {token:.1f} milliseconds, whether it has 16 rows or one. More processes
   draw more responses in the same time, not the same responses in less. Those {weights:.1f} GB beside the shards are also what bounds the cache. Tensor
   parallelism or an engine of its own for sampling would be the remedies; neither is here.

@@ -152,6 +152,13 @@ def test_a_model_that_rests_in_the_cpus_memory_says_the_same(mode, folder):
     assert found["told"] == (["CPUOffloadPolicy"] * 3 if mode == "fsdp" else [])  # two layers and the rest
 
 
+@pytest.mark.parametrize("mode", ("alone", *MODES))
+def test_a_full_disk_leaves_no_process_waiting(mode, folder):
+    found = results(folder, mode)["full"]
+    assert "cannot be written; this checkpoint takes" in found["told"] and found["left"] == []
+    assert found["together"] == (1 if mode == "alone" else 2)
+
+
 # ---- without torchrun
 
 
