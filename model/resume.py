@@ -9,7 +9,8 @@ taken, and a few numbers (the best validation, patience, the adaptive KL coeffic
         metrics.jsonl best/                          the lines so far, and the weights that were kept as best
         checkpoint.json                              size and SHA-256 of every other file; written last
 
-No process holds more of the gathered tensors than one file's, when it is written or read. It is written beside its place, flushed, and renamed as a whole; older ones go only after that. Its name says how many steps were taken.
+It is written beside its place, flushed, and renamed as a whole; older ones go only after that. Its name says how many steps were taken.
+While one is written or read, no process holds more of its tensors than one file's.
 Nothing in it is a pickle, and no file that checkpoint.json does not list is ever opened.
 """
 

@@ -211,6 +211,12 @@ MUTATIONS = [
         ("no lock", "data/run.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/test_interruptions.py -k two_processes"),
         ("signals not heeded", "model/resume.py", "        came = int(self.world.total(signals).max())", "        came = 0", RESUME),
         ("a vanished folder made again", "model/resume.py", "if self.world.is_main and not metrics.path.exists():", "if False:", RESUME),
+        ("save: a full disk leaves the other processes gathering", "model/resume.py", "                content()  # other", "                pass  # other",
+         f"{RANKS} -k full_disk"),
+        ("a resting reference asked where it lies", "rl/rollout.py",
+         "    with at_hand(ref, world):\n        (ref_logp,)", "    if True:\n        (ref_logp,)", "tests/test_train.py -k rest_in"),
+        ("a resting model not put back", "model/parallel.py",
+         "            parameter.data = values\n\n\ndef whole", "            pass\n\n\ndef whole", f"{RANKS} -k resting"),
     ]
 ]  # fmt: skip
 
