@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -512,6 +513,12 @@ def grid(given: dict) -> None:
     print(f"\nnext: python eval.py --compare {rows}")
 
 
+def given_again(given: dict, stage: str) -> bool:
+    """Whether torchrun starts this command again when a process fails (--max-restarts), and there is something to go on with."""
+    folder = Path(given.get("out", RunFlags.out)) / ("" if stage == "mpo" else stage)
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and folder.is_dir() and any(folder.iterdir())
+
+
 def main(arguments: list[str]) -> None:
     """Parses flags, joins the process group, prepares the data, runs the stage."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -525,6 +532,8 @@ def main(arguments: list[str]) -> None:
     if stage == "ablations":
         grid(given)
         return
+    if given_again(given, stage):
+        given["resume"] = True
     flags = take_flags(RunFlags, given)
     data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))

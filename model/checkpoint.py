@@ -8,6 +8,7 @@ A published model of that layout is read as well, in any of fp32, fp16 and bf16 
 CodeLlama, Mistral within its sliding window). What config.json says and this code cannot do is refused by name.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -188,10 +189,9 @@ def save_model(
     state = inner.state_dict() | (extra or {})
     if inner.config.tied:
         state.pop("lm_head.weight", None)
-    groups = in_shards({name: 4 * tensor.numel() for name, tensor in state.items()})
+    files = in_files("model", state, SHARD)
     weight_map = {}
-    for index, group in enumerate(groups):  # so no process ever holds more of the gathered weights than one file's
-        file = WEIGHTS if len(groups) == 1 else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+    for file, group in files.items():  # so no process ever holds more of the gathered weights than one file's
         tensors = {}
         for name in group:
             tensor = whole(state[name]).detach()
@@ -201,23 +201,27 @@ def save_model(
             atomic_write(folder / file, save(tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
     if is_main:
-        if len(groups) > 1:
+        if len(files) > 1:
             total = 4 * sum(tensor.numel() for tensor in state.values())
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         described = config_to_json(inner.config, scalar=isinstance(inner, ScalarModel), **special_ids)
         write_json(folder / CONFIG, described | (extra_config or {}))
 
 
-def in_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Names in order, in groups of at most SHARD bytes, or of one name that is larger."""
-    groups, room = [], 0
-    for name, size in sizes.items():
-        if not groups or size > room:
+def in_files(stem: str, tensors: dict[str, Tensor], most: int) -> dict[str, list[str]]:
+    """File -> names of the tensors that it is to hold, in order: STEM.safetensors, or several with numbers; each of at most so many bytes in
+    fp32, or of one tensor that is larger."""
+    groups, room = [[]], most
+    for name, tensor in tensors.items():
+        size = 4 * tensor.numel()
+        if groups[-1] and size > room:
             groups.append([])
-            room = SHARD
+            room = most
         groups[-1].append(name)
         room -= size
-    return groups
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{index + 1:05d}-of-{len(groups):05d}.safetensors": group for index, group in enumerate(groups)}
 
 
 def count_parameters(folder: Path) -> int:
@@ -265,7 +269,7 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
 
 
 def stored_tensors(folder: Path) -> dict[str, safe_open]:
-    """Name on disk -> the file that holds it, open and mapped: nothing is in memory before it is asked for. Raises CheckpointError."""
+    """Name on disk -> the file of a model's folder that holds it, as `mapped` gives it. Raises CheckpointError."""
     files = weight_files(folder)
     if not files:
         pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
@@ -276,6 +280,11 @@ def stored_tensors(folder: Path) -> dict[str, safe_open]:
             else ""
         )
         raise CheckpointError(f"{folder / WEIGHTS}: missing{hint}")
+    return mapped(files)
+
+
+def mapped(files: Sequence[Path]) -> dict[str, safe_open]:
+    """Name of a tensor -> the safetensors file that holds it, open: nothing is in memory before it is asked for. Raises CheckpointError."""
     stored = {}
     for path in files:
         try:

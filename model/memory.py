@@ -23,8 +23,8 @@ def shortage(error: BaseException) -> ResourceError:
     table = "".join(f"\n  {size / 2**20:10,.1f} MiB  {part}" for part, size in rows)
     return ResourceError(
         f"memory ran out ({str(error).splitlines()[0][:200]})\nheld by this process:{table or ' nothing of ours'}\n"
-        "less of it: a smaller --micro-batch (activations; results stay the same), --dtype bf16, --max-response or --max-prompt when the data is made, --parallel fsdp with"
-        " torchrun (weights, gradients, moments)"
+        "less of it: a smaller --micro-batch (activations; results stay the same), --dtype bf16, --max-response or --max-prompt when the data is"
+        " made, --offload (models that do not learn), --parallel fsdp with torchrun (weights, gradients, moments)"
     )
 
 

@@ -34,6 +34,7 @@ class DeviceFlags:
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
+    offload: bool = flag(False, "keep models that do not learn (reference, reward model) in the CPU's memory between uses")
     rank_timeout: int = flag(600, "seconds that processes wait for one of them before all end", positive=True)
 
 
@@ -47,6 +48,7 @@ class World:
     dtype: torch.dtype
     parallel: str
     checkpoint_activations: bool = False
+    offload: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +92,7 @@ def start(flags: DeviceFlags) -> World:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=flags.rank_timeout))
-    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations)
+    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations, flags.offload)
 
 
 def stop() -> None:
@@ -169,27 +171,33 @@ def lost_contact(error: Exception) -> ResourceError | None:
 
 def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Module:
     """The model on this process's device, under DDP or FSDP2 where torchrun started us. A frozen one takes no gradients, and where products
-    run in bf16 holds what they read in bf16: the same numbers in half the memory."""
+    run in bf16 holds what they read in bf16: the same numbers in half the memory; with --offload it rests in the CPU's memory (`at_hand`)."""
     model.requires_grad_(not frozen)
     half, sharded = world.dtype == torch.bfloat16, dist.is_initialized() and world.parallel == "fsdp"
     for trunk in [module for module in model.modules() if isinstance(module, Transformer)]:
         trunk.checkpoint_activations = world.checkpoint_activations and not frozen
     if frozen and half:
         hold_in_bf16(model, everything=sharded)
+    resting = frozen and world.offload
+    home, pinned = torch.device("cpu") if resting else world.device, world.device.type == "cuda"  # a GPU reads pinned memory several times as fast
     if not sharded:
-        model = fill(model, world.device)
+        model = fill(model, home)
+        for parameter in model.parameters() if resting and pinned else ():
+            parameter.data = parameter.data.pin_memory()
         if frozen or not dist.is_initialized():
             return model
         devices = [world.device] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)  # without a second copy of the gradients
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since it takes a second that most runs need not spend
+    # Here, since this takes a second that most runs need not spend.
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy(pin_memory=pinned) if resting else OffloadPolicy()
     for layer in [module for module in model.modules() if isinstance(module, Layer)]:
-        fully_shard(layer, mp_policy=precision)
+        fully_shard(layer, mp_policy=precision, offload_policy=offload)
     # By default the outermost part stays gathered after a forward without backward (validation, sampling), and `parameters()` would then
     # show copies that no optimiser should be given.
-    return fill(fully_shard(model, mp_policy=precision, reshard_after_forward=True), world.device)
+    return fill(fully_shard(model, mp_policy=precision, offload_policy=offload, reshard_after_forward=True), home)
 
 
 def hold_in_bf16(model: nn.Module, everything: bool) -> None:
@@ -233,6 +241,21 @@ def gathered(model: nn.Module):
         for module in sharded:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+@contextlib.contextmanager
+def at_hand(model: nn.Module, world: World):
+    """Inside, a frozen model that rests in the CPU's memory has a copy of its weights on the device (on a CPU as well, where tests see it).
+    FSDP2 brings them by itself, layer by layer."""
+    by_itself = hasattr(model, "set_reshard_after_forward")
+    resting = {p: p.data for p in model.parameters()} if world.offload and not by_itself else {}
+    try:
+        for parameter, values in resting.items():
+            parameter.data = values.to(world.device, copy=True, non_blocking=True)
+        yield
+    finally:
+        for parameter, values in resting.items():
+            parameter.data = values
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from model.heads import CHUNK, LanguageModel
 from model.transformer import SIZES, ModelConfig
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, and lost between blocks
+ON_CPU = "on the CPU"  # a line's `when`: these bytes are not the GPU's
 READ_AT_ONCE = 32  # pairs that model/score.py reads at a time
 WATCHED = 64  # validation prompts that DPO answers at each validation
 
@@ -52,6 +53,7 @@ class Job:
     bf16: bool = False
     fsdp: bool = False
     checkpoint: bool = False
+    offload: bool = False
 
     @property
     def accumulates(self) -> bool:
@@ -66,7 +68,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes per process; `why` is the arithmetic. `when`: always, training (but not while rows are read), update, sampling or reading."""
+    """Bytes per process; `why` is the arithmetic. `when`: always, training (but not while rows are read), update, sampling, reading, or
+    on the CPU."""
 
     component: str
     what: str
@@ -91,6 +94,7 @@ def plan_job(stage: str, config: ModelConfig, flags, device, limits, world: int)
         batch=getattr(flags, "minibatch", None) or flags.batch_size, micro_batch=flags.micro_batch, samples=sampled,
         passes=getattr(flags, "passes", 1), own_critic=getattr(flags, "critic", "") == "separate", world=world,
         bf16=device.dtype == "bf16", fsdp=device.parallel == "fsdp" and world > 1, checkpoint=device.checkpoint_activations,
+        offload=device.offload and stage != "sft",
     )  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def memory(job: Job) -> list[Line]:
         lines.append(of_gathered(job, counts))
     frozen = {"dpo": {"reference": counts.model}, "ppo": {"reference": counts.model, "reward model": scalar}}
     for name, parameters in frozen.get(job.stage, {}).items():
-        lines.append(of_frozen(name, parameters, job, counts))
+        lines += of_frozen(name, parameters, job, counts)
     return lines + of_update(job, counts) + of_sampling(job, counts) + of_reading(job, scalar, counts)
 
 
@@ -168,14 +172,20 @@ def of_gathered(job: Job, counts: Counts) -> Line:
     return Line("all", "gathered weights", a * (models * counts.root + 3 * counts.layer), why)
 
 
-def of_frozen(name: str, parameters: int, job: Job, counts: Counts) -> Line:
-    """Weights of something that is only asked."""
-    if not job.bf16:
-        return Line(name, "weights, fp32", 4 * parameters / (job.world if job.fsdp else 1), "4 P / N" if job.fsdp else "4 P")
-    if job.fsdp:
-        return Line(name, "weights, bf16", 2 * parameters / job.world, "2 P / N")
-    products = min(counts.products, parameters)
-    return Line(name, "weights", 2 * products + 4 * (parameters - products), "2 P of the matrices, 4 P of embedding and norms")
+def of_frozen(name: str, parameters: int, job: Job, counts: Counts) -> list[Line]:
+    """Weights of something that is only asked: where it stays, and, where that is the CPU's memory, the copy while it is asked. PPO asks its
+    reward model after the reference, so the larger of the two counts."""
+    line = Line(name, "weights, fp32", 4 * parameters / (job.world if job.fsdp else 1), "4 P / N" if job.fsdp else "4 P")
+    if job.bf16 and job.fsdp:
+        line = Line(name, "weights, bf16", 2 * parameters / job.world, "2 P / N")
+    elif job.bf16:
+        products = min(counts.products, parameters)
+        line = Line(name, "weights", 2 * products + 4 * (parameters - products), "2 P of the matrices, 4 P of embedding and norms")
+    if not job.offload:
+        return [line]
+    asked = {"reference": ("sampling", "reading") if job.stage == "dpo" else ("sampling",), "read back": ("reading",)}.get(name, ())
+    copies = [replace(line, what=f"{line.what}, a copy", when=phase) for phase in asked if not job.fsdp]  # FSDP2 gathers layers from there
+    return [replace(line, when=ON_CPU), *copies]
 
 
 def layer_bytes(job: Job) -> float:
@@ -238,7 +248,8 @@ def of_reading(job: Job, scalar: int, counts: Counts) -> list[Line]:
     scored = min(2 * READ_AT_ONCE * job.response, CHUNK) if job.stage == "dpo" else 0
     size = max(READ_AT_ONCE * job.row * passing(job), 8 * scored * job.config.vocab_size)
     lines = [Line("all", "pairs read", size, f"{READ_AT_ONCE} pairs x {job.row} x (4 a F + 12 D), or 8 R V", "reading")]
-    return lines + ([replace(of_frozen("read back", scalar, job, counts), when="reading")] if job.stage == "rm" else [])
+    back = of_frozen("read back", scalar, job, counts) if job.stage == "rm" else []
+    return lines + [line if job.offload else replace(line, when="reading") for line in back]
 
 
 def need(lines: list[Line]) -> dict[str, float]:
@@ -283,6 +294,7 @@ def remedies(job: Job, gpu_memory: float, prefix: str = "") -> str:
         "--parallel fsdp": {"fsdp": job.world > 1},
         "--checkpoint-activations": {"checkpoint": True},
         f"--{prefix}micro-batch 1": {"micro_batch": 1},
+        "--offload": {"offload": job.stage != "sft"},
     }
     steps = {name: change for name, change in steps.items() if replace(job, **change) != job}
     for count in range(1, len(steps) + 1):
@@ -290,11 +302,11 @@ def remedies(job: Job, gpu_memory: float, prefix: str = "") -> str:
             changed = {field: value for name in chosen for field, value in steps[name].items()}
             if fits(replace(job, **changed), gpu_memory):
                 return f"it fits with {' '.join(chosen)}"
-    smallest = replace(job, bf16=True, fsdp=True, checkpoint=True, micro_batch=1)
+    smallest = replace(job, bf16=True, fsdp=True, checkpoint=True, micro_batch=1, offload=job.stage != "sft")
     enough = next((world for world in (2**k for k in range(1, 13)) if fits(replace(smallest, world=world), gpu_memory)), None)
     alone = replace(smallest, fsdp=job.world > 1)
     sizes = [name for name, config in SIZES.items() if fits(replace(alone, config=config), gpu_memory)]
-    frugal = "--dtype bf16 --parallel fsdp --checkpoint-activations"
+    frugal = "--dtype bf16 --parallel fsdp --checkpoint-activations" + (" --offload" if smallest.offload else "")
     more = f"with {frugal} and --{prefix}micro-batch 1 it fits on {enough} such GPUs" if enough else "no number of such GPUs holds it"
     return f"no flag makes it fit; {more}; of the named sizes, {job.world} of them hold {', '.join(sizes) or 'none'}"
 

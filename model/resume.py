@@ -4,12 +4,13 @@ Randomness is a function of (seed, stage, step, row), so a loop's whole state is
 taken, and a few numbers (the best validation, patience, the adaptive KL coefficient). A checkpoint is a folder:
 
     checkpoints/step-00000100/
-        weights.safetensors optimiser.safetensors    whole tensors by parameter name, whatever the number of processes
+        weights.safetensors optimiser.safetensors    whole tensors by parameter name, whatever the number of processes (large: several files)
         state.json                                   step, the loop's numbers, digests of the snapshots so far, versions
         metrics.jsonl best/                          the lines so far, and the weights that were kept as best
         checkpoint.json                              size and SHA-256 of every other file; written last
 
 It is written beside its place, flushed, and renamed as a whole; older ones go only after that. Its name says how many steps were taken.
+While one is written or read, no process holds more of its tensors than one file's.
 Nothing in it is a pickle, and no file that checkpoint.json does not list is ever opened.
 """
 
@@ -24,21 +25,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.errors import CheckpointError, Interrupted, NumericalError, ResourceError
 from data.files import atomic_write, digest, read_json, write_json
 from data.flags import flag
 from data.run import CHECKPOINTS, METRICS, Metrics, code_version
+from model.checkpoint import in_files, mapped
 from model.parallel import World, bare, whole
 
 LISTING, STATE, TENSORS = "checkpoint.json", "state.json", ("weights", "optimiser")
+PIECE = 2**30  # bytes of tensors in one file, and so in memory while a checkpoint is written
 BEST = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*")  # what keep("") writes, and beside it in critic/
 
 
@@ -54,16 +57,17 @@ class LoopFlags:
 # ---- a checkpoint on disk
 
 
-def write_checkpoint(home: Path, step: int, contents: dict[str, bytes], most: int) -> Path:
-    """Writes the files of `contents` (name -> bytes) as `home`/step-STEP; then removes all but the newest `most`, and any of later steps.
+def write_checkpoint(home: Path, step: int, contents: dict[str, bytes | Path | Callable[[], bytes]], most: int, size: int | None = None) -> Path:
+    """Writes the files of `contents` (name -> bytes, a file that has them, or what gathers them when it is their turn) as `home`/step-STEP;
+    then removes all but the newest `most`, and any of later steps. size: of all, to be told where the disk refuses; needed where not all are bytes.
 
-    Raises ResourceError where the disk refuses, with the older checkpoints as they were and nothing half-written left.
+    Raises ResourceError there, with the older checkpoints as they were and nothing half-written left.
     """
     beside, place = home / f".step-{step:08d}.tmp", home / f"step-{step:08d}"
-    listing = {name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for name, raw in contents.items()}
+    listing, files = {}, iter(contents.items())
     try:
-        for name, raw in contents.items():
-            atomic_write(beside / name, raw)
+        for name, content in files:
+            listing[name] = write_listed(beside / name, content)
         write_json(beside / LISTING, listing)
         for folder in [beside, *(path for path in beside.rglob("*") if path.is_dir())]:
             flush_folder(folder)
@@ -74,15 +78,23 @@ def write_checkpoint(home: Path, step: int, contents: dict[str, bytes], most: in
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, OSError | ResourceError):
-            raise ResourceError(
-                f"{error}; this checkpoint takes {sum(map(len, contents.values())):,} bytes, {free_bytes(home):,} are free"
-            ) from error
+            for content in [content for _, content in files if callable(content)]:
+                content()  # other processes gather these tensors with this one, and would wait for it
+            size = sum(map(len, contents.values())) if size is None else size
+            raise ResourceError(f"{error}; this checkpoint takes {size:,} bytes, {free_bytes(home):,} are free") from error
         raise
     there = checkpoints(home)
     for other in there:
         if other > place or other not in [path for path in there if path <= place][-most:]:
             discard(other)
     return place
+
+
+def write_listed(path: Path, content: bytes | Path | Callable[[], bytes]) -> dict:
+    """Writes a file of a checkpoint; its line in the listing."""
+    raw = content() if callable(content) else content.read_bytes() if isinstance(content, Path) else content
+    atomic_write(path, raw)
+    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def flush_folder(folder: Path) -> None:
@@ -143,36 +155,39 @@ def faults(place: Path) -> list[str]:
 # ---- weights and moments, to bytes and back
 
 
-def training_bytes(model: nn.Module, optimiser: torch.optim.Optimizer, is_main: bool) -> dict[str, bytes]:
-    """Weights and optimiser state as safetensors, on the main process alone: a collective call where they are sharded."""
-
-    def gathered(tensor: Tensor) -> Tensor | None:
-        tensor = whole(tensor.detach())
-        return tensor.cpu() if is_main else None
-
+def training_files(model: nn.Module, optimiser: torch.optim.Optimizer, is_main: bool) -> dict[str, Callable[[], bytes]]:
+    """File -> what gathers its tensors, weights or optimiser state, and gives them as safetensors on the main process: a collective call where
+    they are sharded, which every process must make, file after file."""
     named = dict(bare(model).named_parameters())
-    weights = {name: gathered(p) for name, p in named.items()}
-    moments = {f"{name}.{what}": gathered(value) for name, p in named.items() for what, value in optimiser.state.get(p, {}).items()}
-    return {f"{name}.safetensors": save(tensors) for name, tensors in zip(TENSORS, (weights, moments), strict=True)} if is_main else {}
+    moments = {f"{name}.{what}": value for name, p in named.items() for what, value in optimiser.state.get(p, {}).items()}
+
+    def gather(tensors: dict[str, Tensor], names: list[str]) -> bytes:
+        gathered = {}
+        for name in names:
+            tensor = whole(tensors[name].detach())
+            gathered |= {name: tensor.cpu()} if is_main else {}
+        return save(gathered) if is_main else b""
+
+    both = zip(TENSORS, (named, moments), strict=True)
+    return {file: partial(gather, tensors, names) for stem, tensors in both for file, names in in_files(stem, tensors, PIECE).items()}
 
 
 @torch.no_grad()
 def put_training_state(model: nn.Module, optimiser: torch.optim.Optimizer, place: Path) -> None:
-    """Fills model and optimiser from a checkpoint, each process its shard. Raises CheckpointError, nothing changed, where names or shapes
-    do not fit."""
-    try:
-        weights, moments = (load_file(place / f"{name}.safetensors") for name in TENSORS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{place}: not whole safetensors files ({error})") from error
+    """Fills model and optimiser from a checkpoint, tensor by tensor, each process its shard. Raises CheckpointError, nothing changed, where
+    names or shapes do not fit."""
+    weights, moments = (mapped(sorted(place.glob(f"{stem}*.safetensors"))) for stem in TENSORS)
     named = dict(bare(model).named_parameters())
     problems = [f"{name} is in one of them alone" for name in sorted(set(named) ^ set(weights))]
-    problems += [f"{name} has shape {tuple(weights[name].shape)}" for name in named if name in weights and weights[name].shape != named[name].shape]
+    shapes = {name: tuple(weights[name].get_slice(name).get_shape()) for name in named if name in weights}
+    problems += [f"{name} has shape {shape}" for name, shape in shapes.items() if shape != tuple(named[name].shape)]
     if problems:
         raise CheckpointError(f"{place}: checkpoint and model do not fit: {'; '.join(problems[:5])}")
     for name, parameter in named.items():
-        parameter.copy_(sharded_like(parameter, weights[name]))
-        state = {what: moments.get(f"{name}.{what}") for what in ("step", "exp_avg", "exp_avg_sq")}
-        if state["step"] is not None:
+        parameter.copy_(sharded_like(parameter, weights[name].get_tensor(name)))
+        keys = {what: f"{name}.{what}" for what in ("step", "exp_avg", "exp_avg_sq")}
+        state = {what: moments[key].get_tensor(key) for what, key in keys.items() if key in moments}
+        if state:
             optimiser.state[parameter] = {
                 what: value.to(parameter.device) if value.dim() == 0 and what == "step" else sharded_like(parameter, value)
                 for what, value in state.items()
@@ -287,26 +302,30 @@ class Saving:
         signals[self.world.rank] = self.signal
         came = int(self.world.total(signals).max())
         if came or self.every and (finished or step % self.every == 0):
-            self.save(step, training_bytes(model, optimiser, self.world.is_main), metrics, state | {"finished": finished})
+            files = training_files(model, optimiser, self.world.is_main)
+            size = 16 * sum(p.numel() for p in model.parameters())
+            self.save(step, files, size, metrics, state | {"finished": finished})
         if came:
             name, place = signal.Signals(came).name, self.folder / CHECKPOINTS / f"step-{step:08d}"
             error = Interrupted(f"{name}: stopped after {step} steps, which are saved in {place}; go on with --resume")
             error.code = 128 + came
             raise error
 
-    def save(self, step: int, contents: dict[str, bytes], metrics: Metrics, state: dict) -> None:
-        """Writes a checkpoint on the main process."""
+    def save(self, step: int, files: dict[str, Callable[[], bytes]], size: int, metrics: Metrics, state: dict) -> None:
+        """Writes a checkpoint on the main process, for which all of them gather."""
         if not self.world.is_main:
+            for gather in files.values():
+                gather()
             return
         for path in sorted(self.folder.glob("snapshot-*/**/*")):
             name = str(path.relative_to(self.folder))
             if path.is_file() and name not in self.snapshots:
                 self.snapshots[name] = digest(path)
         described = {"step": step, **state, "snapshots": self.snapshots, "dtype": str(self.world.dtype), "versions": versions()}
-        contents = contents | {STATE: json.dumps(described, indent=2, allow_nan=False).encode(), METRICS: metrics.written()}
+        contents = files | {STATE: json.dumps(described, indent=2, allow_nan=False).encode(), METRICS: metrics.written()}
         best = sorted(path for pattern in BEST for where in ("", "critic/") for path in self.folder.glob(where + pattern))
-        contents |= {f"best/{path.relative_to(self.folder)}": path.read_bytes() for path in best}
-        write_checkpoint(self.folder / CHECKPOINTS, step, contents, self.most)
+        contents |= {f"best/{path.relative_to(self.folder)}": path for path in best}
+        write_checkpoint(self.folder / CHECKPOINTS, step, contents, self.most, size)
 
     @contextlib.contextmanager
     def heeding_signals(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from data.files import read_json, write_json
 from losses.kl import exact_kl
 from losses.masked import masked_sum
 from model.heads import LanguageModel
-from model.parallel import World
+from model.parallel import World, at_hand
 
 LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while a KL is computed
 
@@ -73,7 +73,8 @@ def reward_scores(model: nn.Module, rows: Sequence[Row], pad_id: int, world: Wor
         tokens, _ = to_tensors(part, pad_id, world.device)
         return model(tokens, row_lengths(part, world.device))
 
-    return for_each_row(read, rows, batch, world, "reward scores").squeeze(1)
+    with at_hand(model, world):
+        return for_each_row(read, rows, batch, world, "reward scores").squeeze(1)
 
 
 def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
@@ -84,13 +85,19 @@ def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: i
         tokens, parts = pair_tensors(part, pad_id, world.device)
         return model(tokens, parts=parts)
 
-    return for_each_row(read, pairs, batch, world, "reward scores", columns=2)
+    with at_hand(model, world):
+        return for_each_row(read, pairs, batch, world, "reward scores", columns=2)
 
 
 def reference_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
     """(N, 2): what `pair_logps` says of many pairs."""
     model.eval()
-    return for_each_row(lambda part: pair_logps(model, part, pad_id, world.device), pairs, batch, world, "reference log-probabilities", columns=2)
+
+    def read(part: Sequence[PairRow]) -> Tensor:
+        return pair_logps(model, part, pad_id, world.device)
+
+    with at_hand(model, world):
+        return for_each_row(read, pairs, batch, world, "reference log-probabilities", columns=2)
 
 
 @torch.no_grad()

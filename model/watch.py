@@ -12,7 +12,7 @@ from torch import nn
 
 from data.errors import NumericalError
 from model.generate import generate, row_uniforms
-from model.parallel import World, bare, gathered
+from model.parallel import World, at_hand, bare, gathered
 from model.stage import Text
 
 
@@ -32,7 +32,9 @@ def sampled_kl(model: nn.Module, ref: nn.Module, prompts: Sequence[Sequence[int]
             uniforms=row_uniforms(seed, mine, text.max_response),
             any_rank=world.any if world.parallel == "fsdp" else bool,
         )
-        policy, reference = (m(responses.tokens, responses.response_mask).logp for m in (bare(model), ref))
+        policy = bare(model)(responses.tokens, responses.response_mask).logp
+        with at_hand(ref, world):
+            reference = ref(responses.tokens, responses.response_mask).logp
     kl, ended, rows = world.total([float((policy - reference).sum()), float(responses.ended.sum()), len(mine)])
     return {"kl_ref_seq": kl / rows, "ended": ended / rows}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.batches import stable_hash
 from losses.kl import k1
 from model.generate import Responses, generate, row_uniforms
-from model.parallel import World, gathered
+from model.parallel import World, at_hand, gathered
 from rl.rewards import normalise_scores
 
 
@@ -120,10 +120,12 @@ def roll_out(
     logp, entropy, values = in_parts(lambda x, mask, _: policy(x, mask, temperature=sampling.temperature))
     lap("policy")
     # 3. what the reference says of it
-    (ref_logp,) = in_parts(lambda x, mask, _: (ref(x, mask, temperature=sampling.temperature).logp,))
+    with at_hand(ref, world):
+        (ref_logp,) = in_parts(lambda x, mask, _: (ref(x, mask, temperature=sampling.temperature).logp,))
     lap("reference")
     # 4. what the reward model says of it: the text up to the end token, nothing after
-    (raw_scores,) = in_parts(lambda x, _, real: (reward_model(x, real),))
+    with at_hand(reward_model, world):
+        (raw_scores,) = in_parts(lambda x, _, real: (reward_model(x, real),))
     scores = normalise_scores(raw_scores, ended, sampling.score_mean, sampling.score_std, sampling.end_penalty)
     lap("score")
     # 5. how far the policy has gone from the reference

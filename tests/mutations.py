@@ -185,8 +185,8 @@ MUTATIONS = [
         ("a file written in place", "data/files.py",
          '    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "    beside = path", "tests/data/test_run.py"),
         # ---- resuming
-        ("resume: moments not restored", "model/resume.py", '        if state["step"] is not None:', "        if False:", RESUME),
-        ("resume: weights not restored", "model/resume.py", "        parameter.copy_(sharded_like(parameter, weights[name]))\n", "", RESUME),
+        ("resume: moments not restored", "model/resume.py", "        if state:\n", "        if False:\n", RESUME),
+        ("resume: weights not restored", "model/resume.py", "        parameter.copy_(sharded_like(parameter, weights[name].get_tensor(name)))\n", "", RESUME),
         ("resume: patience forgotten", "model/fit.py",
          "best=best, since_best=since_best, finished=finished)", "best=best, since_best=0, finished=finished)", RESUME),
         ("resume: metrics not taken back", "model/resume.py", "metrics.go_back((place / METRICS).read_bytes() if place else b\"\")", "pass", RESUME),
@@ -197,8 +197,8 @@ MUTATIONS = [
         ("resume: the KL coefficient not kept", "rl/ppo.py", "best=best, kl_coef=kl_coef, warned", "best=best, kl_coef=flags.kl_coef, warned", LOOP),
         ("every round the first one's prompts", "rl/ppo.py", "chosen = steps[iteration]", "chosen = steps[0]", LOOP),
         ("save: the old one goes first", "model/resume.py",
-         "    try:\n        for name, raw in contents.items():",
-         "    for old in checkpoints(home):\n        discard(old)\n    try:\n        for name, raw in contents.items():", RESUME),
+         "    try:\n        for name, content in files:",
+         "    for old in checkpoints(home):\n        discard(old)\n    try:\n        for name, content in files:", RESUME),
         ("save: written in place", "model/resume.py",
          'beside, place = home / f".step-{step:08d}.tmp", home', 'beside, place = home / f"step-{step:08d}", home', RESUME),
         ("save: the newest goes", "model/resume.py", "if path <= place][-most:]", "if path <= place][:most]", RESUME),
@@ -211,6 +211,12 @@ MUTATIONS = [
         ("no lock", "data/run.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/test_interruptions.py -k two_processes"),
         ("signals not heeded", "model/resume.py", "        came = int(self.world.total(signals).max())", "        came = 0", RESUME),
         ("a vanished folder made again", "model/resume.py", "if self.world.is_main and not metrics.path.exists():", "if False:", RESUME),
+        ("save: a full disk leaves the other processes gathering", "model/resume.py", "                content()  # other", "                pass  # other",
+         f"{RANKS} -k full_disk"),
+        ("a resting reference asked where it lies", "rl/rollout.py",
+         "    with at_hand(ref, world):\n        (ref_logp,)", "    if True:\n        (ref_logp,)", "tests/test_train.py -k rest_in"),
+        ("a resting model not put back", "model/parallel.py",
+         "            parameter.data = values\n\n\ndef whole", "            pass\n\n\ndef whole", f"{RANKS} -k resting"),
     ]
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from model.checkpoint import config_to_json
 from model.fit import train_step
 from model.parallel import ALONE, DeviceFlags
-from model.plan import Job, flops, memory, need, plan_job, planned_config
+from model.plan import ON_CPU, Counts, Job, flops, memory, need, plan_job, planned_config
 from model.transformer import SIZES
 from train import STAGE_FLAGS
 
@@ -59,8 +59,9 @@ def longest(run):
 
 
 CASES = [("sft", {}), ("sft", {"dtype": "bf16"}), ("rm", {"checkpoint_activations": True}), ("dpo", {"dtype": "bf16"}), ("ppo", {})]
-CASES += [("ppo", {"critic": "separate"})]
+CASES += [("ppo", {"critic": "separate"}), ("ppo", {"offload": True})]
 SLOW = [(stage, extra) for stage in STEPS for extra in ({}, {"dtype": "bf16"}, {"checkpoint_activations": True}) if (stage, extra) not in CASES]
+SLOW += [("dpo", {"offload": True, "dtype": "bf16"}), ("rm", {"offload": True})]
 SLOW += [("sft", {"micro_batch": 16}), ("ppo", {"prompts_per_iteration": 64, "micro_batch": 4, "dtype": "bf16"})]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
@@ -72,7 +73,7 @@ def as_typed(flags):
 @pytest.mark.parametrize(("stage", "extra"), CASES, ids=lambda value: str(value))
 def test_the_plan_is_what_a_real_run_holds(run, tmp_path, stage, extra):
     copy, given = copy_of(run, tmp_path / "run", *STAGES[STAGES.index(stage) :]), STEPS[stage] | extra
-    own = {name: given.pop(name) for name in list(given) if name in ("dtype", "checkpoint_activations")}
+    own = {name: given.pop(name) for name in list(given) if name in ("dtype", "checkpoint_activations", "offload")}
     with Peak() as peak:
         here("--stage", stage, "--out", copy, *as_typed(given | own))
     flags = STAGE_FLAGS[stage][0](**given)
@@ -81,7 +82,9 @@ def test_the_plan_is_what_a_real_run_holds(run, tmp_path, stage, extra):
     if stage == "dpo":
         job = replace(job, samples=len(pairs))
     expected = need(memory(job))
-    assert max(expected.values()) == pytest.approx(peak.most, rel=0.15), (expected, memory(job))
+    resting = sum(line.bytes for line in memory(job) if line.when == ON_CPU)  # here they are in the same memory
+    assert max(expected.values()) + resting == pytest.approx(peak.most, rel=0.15), (expected, memory(job))
+    assert bool(resting) == ("offload" in own)
 
 
 def test_the_plan_is_what_each_of_two_processes_holds(tmp_path):
@@ -127,6 +130,20 @@ def test_the_arithmetic_of_the_large_items():
     assert said["policy", "weights, fp32"] == "3.37" and said["policy", "optimiser state"] == "6.74"
     assert said["reference", "weights, bf16"] == "1.68"
     assert said["all", "cache"] == "1.88"  # 2 x 2 x 32 layers x 4096 x 224 slots x 16 rows
+
+
+def test_frozen_models_on_the_cpu_leave_the_gpu_to_the_others():
+    """By hand, 1 GPU, fp32: the update has neither reference nor reward model; PPO's samples are looked at by one of them at a time."""
+    base = Job("ppo", SIZES["1b"], 128, 64, batch=16, micro_batch=16, samples=16)
+    counts = Counts.of(SIZES["1b"])
+    scalar = counts.model - 31_999 * 2048  # one row in place of the vocabulary's 32,000
+    present, resting = need(memory(base)), need(memory(replace(base, offload=True)))
+    assert present["update"] - resting["update"] == pytest.approx(4 * (counts.model + scalar))
+    assert present["sampling"] - resting["sampling"] == pytest.approx(4 * scalar)
+    sharded = replace(base, fsdp=True, world=8)
+    present, resting = need(memory(sharded)), need(memory(replace(sharded, offload=True)))
+    assert present["sampling"] - resting["sampling"] == pytest.approx(4 * (counts.model + scalar) / 8)
+    assert "| on the CPU |" in plan("ppo", "--offload") and "| on the CPU |" not in plan("sft", "--offload")
 
 
 def test_planning_allocates_and_writes_nothing(tmp_path):

@@ -5,14 +5,18 @@ all rows are ragged. All runs start from copies of the same chain.
 """
 
 import json
+import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, steps
+from runs import ONE_THREAD, ROOT, STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, steps
 from safetensors.numpy import load_file
 from test_interruptions import lines, started, when
 
@@ -140,6 +144,55 @@ def test_the_command_itself_under_torchrun(folders, chain, tmp_path):
     output = command(*TORCHRUN, "train.py", "--stage", "rm", "--out", run, *flags, "--parallel", "fsdp", program="-m")
     assert output.count("[rm] made") == 1  # one process speaks
     close(metrics(folders["one", "rm"])[-1], metrics(run / "rm")[-1], "rm")
+
+
+# ---- several nodes: an agent of torchrun on each of them
+
+
+def on_two_nodes(rendezvous, *args, program="train.py", **environment):
+    """The command under two agents with one process each, as on two machines that see one folder; what both print."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    how = {
+        "static": ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port),
+        "elastic": ("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--max_restarts", 1),
+    }[rendezvous]
+    ranks = [("--node_rank", node) if rendezvous == "static" else () for node in (0, 1)]
+    environment = os.environ | ONE_THREAD | environment
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", TORCHRUN[0], *map(str, (*how, *rank, program, *args))],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) for rank in ranks
+    ]  # fmt: skip
+    outputs = [agent.communicate(timeout=180)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    return "".join(outputs)
+
+
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("elastic", marks=pytest.mark.slow)])
+def test_two_nodes_train_as_one_with_two_processes_does(folders, chain, tmp_path, rendezvous):
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    make_validation_odd(run)
+    output = on_two_nodes(rendezvous, "--stage", "sft", "--out", run, *three_steps(run, "sft")[0], "--parallel", "fsdp")
+    assert output.count("[sft] made") == 1
+    assert metrics(run / "sft") == metrics(folders["fsdp", "sft"])
+    assert sha256(run / "sft" / "model.safetensors") == sha256(folders["fsdp", "sft"] / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_agents_that_restart_go_on_from_the_last_checkpoint(chain, tmp_path, ten_steps):
+    """`--max-restarts`: a process of one node is killed, all are started again by their agents, and the run ends as one that was not.
+
+    The agents' own store stays out of it: its keys hold an agent's count of failures, and here one has failed and the other has not."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    words = ("--stage", "sft", "--out", run, *LONG, "--parallel", "fsdp")
+    trouble = {"BROKEN": "exit:75", "ONCE": str(tmp_path / "once"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    output = on_two_nodes("elastic", *words, program="tests/broken_rank.py", **trouble)
+    assert output.count("resumed from") == 1
+    assert [line["step"] for line in steps(run / "sft")] == list(range(10))
+    for line, other in zip(metrics(ten_steps), metrics(run / "sft"), strict=True):
+        close(line, other, line["step"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from runs import BUDGETS, ROOT, TRAINED, command, copy_of, here, manifest, metri
 
 README = (ROOT / "README.md").read_text()
 ROOMS = ("model", "losses", "rl", "data")
-FOREIGN = {"--nproc_per_node"}  # torchrun's
+FOREIGN = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+FOREIGN |= {"--max-restarts"}
 
 
 def flags_of(program, *args):

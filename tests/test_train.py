@@ -20,6 +20,7 @@ import eval as evaluation
 from data.batches import encode_pairs
 from data.prepare import load_pairs
 from data.tokenizer import Tokenizer
+from model import parallel
 from model.checkpoint import load_model
 from model.heads import LanguageModel
 from model.parallel import World
@@ -255,6 +256,29 @@ def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
     (run / "dpo").rename(run / "soft")
     message = here("--stage", "dpo", "--out", run, "--sharpness", 2, expect=2)
     assert "--sharpness: the loss dpo does not read it" in message
+
+
+def test_frozen_models_that_rest_in_the_cpus_memory_change_no_bit(chain, tmp_path, monkeypatch):
+    """Whenever one is asked its weights are a copy on the device, here the CPU as well: on a GPU, one that still rests could not be asked."""
+    asked = []
+
+    def watched(model, world, *, frozen=False, distribute=parallel.distribute):
+        model = distribute(model, world, frozen=frozen)
+        if frozen:
+            home = next(model.parameters()).data_ptr()
+            model.register_forward_pre_hook(lambda model, _: asked.append(next(model.parameters()).data_ptr() != home))
+        return model
+
+    monkeypatch.setattr(parallel, "distribute", watched)
+    run = copy_of(chain, tmp_path / "run", *STAGES[2:], "cache")
+    for stage in STAGES[2:]:
+        before = len(asked)
+        here("--stage", stage, "--out", run, "--offload", *BUDGETS.get(stage, ()))
+        assert stage == "split" or len(asked) > before
+    assert all(asked)
+    for stage in ("rm", "dpo", "ppo"):
+        assert sha256(run / stage / "model.safetensors") == sha256(chain / stage / "model.safetensors"), stage
+        assert metrics(run / stage) == metrics(chain / stage)
 
 
 def test_init_does_not_move_the_reference(chain, tmp_path):

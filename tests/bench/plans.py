@@ -30,9 +30,13 @@ $ --stage ppo --plan --size 7b --world 8 {SHARED} --checkpoint-activations --max
 
 ## On 1 x 80 GB
 
-16 bytes for each of 6.7 billion parameters that learn are 108 GB before anything else: PPO with 7B models is not possible there. SFT is not, either:
+16 bytes for each of 6.7 billion parameters that learn are 108 GB before anything else: PPO with 7B models is not possible there, and SFT is not, either:
 
-$ --stage ppo --plan --size 7b --world 1 --dtype bf16 --checkpoint-activations --micro-batch 1
+$ --stage ppo --plan --size 7b --world 1 --dtype bf16 --checkpoint-activations --micro-batch 1 --offload
+
+With reference and reward model in the CPU's memory between uses, two such GPUs hold it:
+
+$ --stage ppo --plan --size 7b --world 2 {SHARED} --checkpoint-activations --micro-batch 1 --offload
 
 $ --stage sft --plan --size 7b --world 1 --dtype bf16 --checkpoint-activations --micro-batch 1
 

@@ -4,8 +4,10 @@
     python tests/model/import_memory.py import FOLDER           bytes: of the weights, before, at most, after
 """
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -44,23 +46,31 @@ def anonymous() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 
-def read(folder: Path) -> None:
-    opened = open_model(folder, LanguageModel)  # reads nothing, but its meta tensors make torch import more of itself
-    before = most = anonymous()
-    done = threading.Event()
+@contextlib.contextmanager
+def watched() -> Iterator[list[int]]:
+    """Two numbers, of anonymous bytes: before, and the most until the block ends."""
+    numbers, done = [anonymous()] * 2, threading.Event()
 
     def watch() -> None:
-        nonlocal most
         while not done.wait(0.002):
-            most = max(most, anonymous())
+            numbers[1] = max(numbers[1], anonymous())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = distribute(opened, BF16, frozen=True)
-    done.set()
-    watcher.join()
+    try:
+        yield numbers
+    finally:
+        done.set()
+        watcher.join()
+        numbers[1] = max(numbers[1], anonymous())
+
+
+def read(folder: Path) -> None:
+    opened = open_model(folder, LanguageModel)  # reads nothing, but its meta tensors make torch import more of itself
+    with watched() as numbers:
+        model = distribute(opened, BF16, frozen=True)
     held = sum(parameter.nbytes for parameter in model.parameters())
-    print(sum(path.stat().st_size for path in weight_files(folder)), before, max(most, anonymous()), anonymous(), held)
+    print(sum(path.stat().st_size for path in weight_files(folder)), *numbers, anonymous(), held)
 
 
 if __name__ == "__main__":

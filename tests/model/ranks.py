@@ -16,17 +16,19 @@ import torch.distributed as dist
 from small import CONFIG, PAD, SPECIAL, loud, ragged_rows, reference_sums, task
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.errors import NumericalError
+from data.errors import NumericalError, ResourceError
 from data.files import write_json
 from data.run import Metrics
 from losses.dpo import dpo
-from model import heads
+from model import heads, resume
 from model.checkpoint import open_model, save_model
 from model.fit import FitFlags, evaluate, fit
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective
+from model.optim import make_optimiser
 from model.parallel import DeviceFlags, bare, distribute, gathered, start, stop, whole
+from model.resume import Saving
 from model.score import reward_scores, to_tensors
 
 FLAGS = FitFlags(lr=1e-4, epochs=1, batch_size=7, micro_batch=2, warmup=0.0, clip=0.5, validations=3, patience=9, snapshots=False)
@@ -180,11 +182,47 @@ def imported(world, folder):
     return {"local": local, "logp": logp, "gradients": gradients, "in_bf16": in_bf16, "names": names, "types": types}
 
 
+def resting(world):
+    """Scores of a frozen model that rests in the CPU's memory, and of one that does not; and whether FSDP2 was told."""
+    made = []
+    for offload in (False, True):
+        world = dataclasses.replace(world, offload=offload)
+        model = distribute(loud(ScalarModel), world, frozen=True)
+        made.append(reward_scores(model, ragged_rows(7), PAD, world, batch=2).tolist())
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    told = [type(state._fsdp_param_group.offload_policy).__name__ for state in states]
+    return {"present": made[0], "resting": made[1], "told": told}
+
+
+def full_disk(world, folder):
+    """A disk that refuses the second file of a checkpoint: the main process says so, and the others, which gather along, do not wait for it."""
+    model, written, (plain, piece) = distribute(loud(LanguageModel), world), [], (resume.atomic_write, resume.PIECE)
+    optimiser = make_optimiser(model, 1e-3, 0.0)
+
+    def refusing(path, content):
+        written.append(path)
+        if len(written) == 2:
+            raise ResourceError(f"{path}: cannot be written")
+        plain(path, content)
+
+    resume.atomic_write, resume.PIECE = refusing, 5000
+    try:
+        with Metrics(folder / "full" / "metrics.jsonl" if world.is_main else None) as metrics:
+            Saving(folder / "full", world, every=1).after(1, model, optimiser, metrics, finished=False)
+        told = ""
+    except ResourceError as error:
+        told = str(error)
+    finally:
+        resume.atomic_write, resume.PIECE = plain, piece
+    together = int(world.total([1])[0])
+    return {"told": told, "together": together, "left": [str(path) for path in (folder / "full" / "checkpoints").glob("*")]}
+
+
 def everything(world, folder):
     """All of the above under one world; the results as one JSON file in `folder`."""
     results = {name: train(world, folder / name, name) for name in ("sft", "rm", "dpo")}
     results |= {"score": score(world), "sample": sample(world), "nan": stop_on_nan(world), "chunked": chunked(world)}
-    results |= {"bf16": in_bf16(world), "imported": imported(world, folder)}
+    results |= {"bf16": in_bf16(world), "imported": imported(world, folder), "resting": resting(world), "full": full_disk(world, folder)}
     if world.is_main:
         write_json(folder / "results.json", results)
 

@@ -12,12 +12,12 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from small import ALONE, CPU, loud
+from small import ALONE, CONFIG, CPU, loud
 
 from data.errors import NumericalError, UsageError
 from model.checkpoint import load_model
 from model.heads import LanguageModel
-from model.parallel import DTYPES, DeviceFlags, World, bare, distribute, exit_code, gradient_sync, start, whole
+from model.parallel import DTYPES, DeviceFlags, World, at_hand, bare, distribute, exit_code, gradient_sync, start, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("ddp", "fsdp")
@@ -145,6 +145,20 @@ def test_a_model_from_disk_is_whole_and_shared_out(mode, folder):
     assert np.abs(np.subtract(found["in_bf16"], expected["logp"])).max() < 0.3
 
 
+@pytest.mark.parametrize("mode", ("alone", *MODES))
+def test_a_model_that_rests_in_the_cpus_memory_says_the_same(mode, folder):
+    found = results(folder, mode)["resting"]
+    assert found["resting"] == found["present"]
+    assert found["told"] == (["CPUOffloadPolicy"] * 3 if mode == "fsdp" else [])  # two layers and the rest
+
+
+@pytest.mark.parametrize("mode", ("alone", *MODES))
+def test_a_full_disk_leaves_no_process_waiting(mode, folder):
+    found = results(folder, mode)["full"]
+    assert "cannot be written; this checkpoint takes" in found["told"] and found["left"] == []
+    assert found["together"] == (1 if mode == "alone" else 2)
+
+
 # ---- without torchrun
 
 
@@ -175,6 +189,19 @@ def test_impossible_devices_are_refused(monkeypatch):
         start(DeviceFlags(device="cuda"))
     with pytest.raises(UsageError, match="--parallel fsdp: needs torchrun"):
         start(DeviceFlags(device="cpu", parallel="fsdp"))
+
+
+def test_a_resting_model_has_its_weights_on_the_device_only_while_it_is_asked():
+    world = replace(ALONE, offload=True)
+    model = distribute(loud(LanguageModel, replace(CONFIG, tied=True)), world, frozen=True)
+    resting = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(KeyError), at_hand(model, world):
+        for name, parameter in model.named_parameters():
+            assert parameter.data_ptr() != resting[name] and torch.equal(parameter, loud(LanguageModel, replace(CONFIG, tied=True)).get_parameter(name))
+        raise KeyError
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == resting
+    with at_hand(model, ALONE):
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == resting
 
 
 # ---- how a program ends

@@ -7,10 +7,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import ALONE, SPECIAL, loud, task
 
 from data.errors import CheckpointError, Interrupted, NumericalError, ResourceError
@@ -22,6 +26,7 @@ from model.fit import FitFlags, fit
 from model.optim import make_optimiser
 from model.resume import Saving, checkpoints, faults, write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = FitFlags(lr=1e-2, epochs=2, batch_size=4, micro_batch=4, validations=3, patience=9)
 STEPS = 6  # 12 rows in steps of 4, twice
 
@@ -147,6 +152,30 @@ def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, whole, monk
     assert stopped.value.code == 143 and (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.undo()
     assert equal(run(tmp_path, every=0), whole["sft"])
+
+
+def test_a_checkpoint_in_pieces_is_the_same_checkpoint(tmp_path, whole, monkeypatch):
+    """Each file has 20,000 bytes of tensors at most, or one tensor; together they have every tensor once."""
+    monkeypatch.setattr(resume, "PIECE", 20_000)
+    assert run(tmp_path, "rm", stop_at=3) is None
+    files = {path.name: load_file(path) for path in (tmp_path / "checkpoints/step-00000002").glob("*.safetensors")}
+    assert len(files) > 6 and all(len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 20_000 for tensors in files.values())
+    for stem, per_parameter in (("weights", 1), ("optimiser", 3)):
+        names = [name for file, tensors in files.items() if file.startswith(stem) for name in tensors]
+        assert len(names) == len(set(names)) == per_parameter * len(list(loud(task("rm", 1)[0]).parameters()))
+    assert equal(run(tmp_path, "rm"), whole["rm"])
+
+
+@pytest.mark.slow
+def test_saving_and_reading_a_sharded_model_needs_little_memory(tmp_path):
+    """Weights and moments of 18M parameters are 212 MB. A piece is 17 MB, gathered and once more as bytes; all in one piece, saving needed 173 MB."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "model" / "save_memory.py"), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    needed = [list(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("needed:")]
+    assert len(needed) == 2 and all(size < 100e6 for sizes in needed for size in sizes), needed
+    assert len(list(tmp_path.glob("checkpoints/step-00000001/*.safetensors"))) == 16
 
 
 @pytest.mark.parametrize("function", ["replace", "rename", "fsync"])
