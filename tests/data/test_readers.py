@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WHOLE = st.characters(exclude_categories=["Cs"])  # all but halves of characters
 TEXT = st.one_of(st.text(WHOLE, max_size=12), st.sampled_from(["", " ", "a", "b", "\u2028", "\n", "\r\n", "</s>", "\0", "\ufeff"]))
 TURNS = st.lists(st.sampled_from(["a", " ", "\n", "b c", "\n\nHuman:", "\n\nAssistant:", "\n\nAssistant", "\u00e9"]), max_size=6).map("".join)
+DIALOGUES = st.one_of(  # of two texts that mostly begin alike, as they do in the published files
+    st.tuples(TURNS, TURNS, TURNS).map(lambda parts: (parts[0] + parts[1], parts[0] + parts[2])),
+    st.tuples(TURNS, TURNS),
+)
 LAYOUT = st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2))
 
 
@@ -72,7 +76,7 @@ def test_plain_rows_come_back_as_they_were(tmp_path_factory, rows, layout):
 
 
 @settings(max_examples=150)
-@given(st.lists(st.tuples(TURNS, TURNS), max_size=15), LAYOUT)
+@given(st.lists(DIALOGUES, max_size=15), LAYOUT)
 def test_dialogues_are_cut_where_a_second_implementation_cuts_them(tmp_path_factory, rows, layout):
     def cut(text):
         """The parts between the assistant's turns; the last one is the response."""
@@ -119,7 +123,7 @@ CORPUS = {
 }  # fmt: skip
 PIECES = [
     b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x1f\x8b\x08",
-    b"\\ud800", b"\\u0000", b"\\udc00", b"null", b"true", b"1e999", b"-0", b"NaN", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\n" * 50, b" " * 2000,
+    b"\\ud800", b"\\u0000", b"\\udc00", b"null", b"true", b"1e999", b"-0", b"NaN", b"9" * 5000, b"\n" + b"[" * 3000, b'\n' + b'{"a":' * 3000, b"\n" * 50, b" " * 2000,
     b'"chosen"', b'"prompt": ""', b'"\\ud83d": 1, ', b'"choice": 7',
 ]  # fmt: skip
 
