@@ -107,7 +107,7 @@ def test_each_pair_must_be_judged_once(asked, tmp_path, change, message):
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b'"id"', b'{"id": ["a"], "verdict": "A"}', b'{"id": "a", "verdict": {}}', b'{"id": "\xff", "verdict": "A"}', b"[" * 100_000, b"9" * 5000],
+    [b"", b"{", b"[]", b'"id"', b'{"id": ["a"], "verdict": "A"}', b'{"id": "a", "verdict": {}}', b'{"id": "\xff", "verdict": "A"}', b"[" * 10**5, b"9" * 5000],
 )
 def test_lines_that_are_no_verdict_are_named(asked, tmp_path, line):
     _, keys, rows = asked

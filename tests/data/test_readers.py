@@ -97,7 +97,8 @@ def test_dialogues_are_cut_where_a_second_implementation_cuts_them(tmp_path_fact
 def test_comparisons_are_put_together_in_the_order_of_their_labels(tmp_path_factory, rows, layout):
     lines, examples = [], []
     for subreddit, title, post, first, second, choice in rows:
-        lines.append({"info": {"subreddit": subreddit, "title": title, "post": post}, "summaries": [{"text": first}, {"text": second}], "choice": choice})
+        info = {"subreddit": subreddit, "title": title, "post": post}
+        lines.append({"info": info, "summaries": [{"text": first}, {"text": second}], "choice": choice})
         prompt = "SUBREDDIT: r/" + subreddit + "\n\nTITLE: " + title + "\n\nPOST: " + post + "\n\nTL;DR:"
         better, worse = (second, first) if choice else (first, second)
         examples.append((prompt, spaced(better), spaced(worse)) if post.strip() else None)
@@ -117,13 +118,14 @@ CORPUS = {
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"},
     ],
     "tldr": [
-        {"info": {"id": "x", "subreddit": "tifu", "title": "A title", "post": "A post."}, "summaries": [{"text": " one"}, {"text": "two"}], "choice": 1},
+        {"info": {"id": "x", "subreddit": "u", "title": "A title", "post": "A post."}, "summaries": [{"text": " one"}, {"text": "two"}], "choice": 1},
         {"info": {"subreddit": "s", "title": "t", "post": "p\nq"}, "summaries": [{"text": "a"}, {"text": "b", "note": None}], "choice": 0},
     ],
 }  # fmt: skip
 PIECES = [
-    b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x1f\x8b\x08",
-    b"\\ud800", b"\\u0000", b"\\udc00", b"null", b"true", b"1e999", b"-0", b"NaN", b"9" * 5000, b"\n" + b"[" * 3000, b'\n' + b'{"a":' * 3000, b"\n" * 50, b" " * 2000,
+    b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf",
+    b"\x1f\x8b", b"\x1f\x8b\x08", b"9" * 5000, b"\n" + b"[" * 3000, b"\n" + b'{"a":' * 3000, b"\n" * 50, b" " * 2000,
+    b"\\ud800", b"\\u0000", b"\\udc00", b"null", b"true", b"1e999", b"-0", b"NaN",
     b'"chosen"', b'"prompt": ""', b'"\\ud83d": 1, ', b'"choice": 7',
 ]  # fmt: skip
 
