@@ -88,7 +88,7 @@ def test_answers_and_scores_do_not_depend_on_who_else_is_asked(chain, tmp_path):
         assert len(apart) == count
         for prompt, (answers, raw) in apart.items():
             assert answers == together[prompt][0] and raw == pytest.approx(together[prompt][1], abs=1e-5)
-    prompt = next(iter(together))
+    prompt = list(together)[2]
     assert here("--model", run / "ppo", "--prompt", f"\n\n{prompt}", program="eval.py").strip() == together[prompt][0][0]
 
 
@@ -160,14 +160,14 @@ def test_answers_are_those_of_full_forwards_without_a_cache(chain, greedy):
 
 
 def test_the_temperature_is_that_of_policy_and_reference(chain, tmp_path):
-    entropies = []
+    first = []
     for temperature in (0.7, 1.0):
         run = copy_of(chain, tmp_path / str(temperature), "ppo")
         here("--stage", "ppo", "--out", run, *BRIEF["ppo"], "--temperature", temperature)
         rounds = steps(run / "ppo")
         assert rounds[0]["kl_ref_seq"] == pytest.approx(0, abs=1e-5) and [line["first_ratio"] for line in rounds] == pytest.approx([1, 1], abs=1e-5)
-        entropies.append(rounds[0]["entropy"])
-    assert entropies[0] < 0.8 * entropies[1]  # and it was in use
+        first.append(rounds[0])
+    assert first[0]["entropy"] < 0.8 * first[1]["entropy"] and first[0]["raw_score"] != first[1]["raw_score"]  # in use, when sampling too
 
 
 # ---- the order of a file's rows
