@@ -1,7 +1,6 @@
 """What all tests share: the repository on the import path, the way to the real data, and property tests that repeat.
 
-Property tests draw the same examples in every run, as a function of the test. `--hypothesis-profile=default --hypothesis-seed=N` draws
-others.
+Property tests draw the same examples in every run, as a function of the test. `--hypothesis-profile=anew --hypothesis-seed=N` draws others.
 """
 
 import os
@@ -14,6 +13,7 @@ from hypothesis import settings
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+settings.register_profile("anew", deadline=None)
 settings.register_profile("repeating", derandomize=True, deadline=None)
 settings.load_profile("repeating")
 
