@@ -15,14 +15,15 @@ Three things can be wrong with a row:
   long     a prompt beyond the model's room is shortened by `shorten_prompt`, here; responses are cut where batches are made
 
 Responses of dialogues and summaries start with exactly one space (the published TL;DR demonstrations lack the one that the comparisons
-have, and a reward model notices); plain JSONL is taken as it is, or put into one of TEMPLATES. Files are read line by line; only the kept
-rows stay in memory.
+have, and a reward model notices); plain JSONL is taken as it is, or put into one of TEMPLATES. Files are read line by line, and no line may
+be longer than MAX_LINE; only the kept rows stay in memory.
 """
 
 import gzip
 import hashlib
 import json
 import re
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ ACCEPTED = r"""accepted are
   jsonl:PATH[,PATH]  rows {"prompt", "chosen", "rejected"}, optionally "gap"; demonstrations {"prompt", "response"}; prompts {"prompt"}
   advice or digest   the built-in worlds"""
 KINDS = {type(None): "null", bool: "a boolean", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
+MAX_LINE = 16 * 2**20  # bytes, unpacked; one line without end, or a few kilobytes of gzip that unpack to one, must not fill the memory
 BLANK_SHARE, BLANK_MIN_ROWS = 0.05, 20  # a few blank responses are usual (HH-RLHF: 0.2 %), many mean a wrong file or key
 
 
@@ -104,7 +106,7 @@ def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None
     """The pairs of `spec` in file order, and reason -> number of rows left out (rows read = pairs + the sum of these).
 
     Raises UsageError for a spec or file that cannot be read; DataError for more than `skip_bad_rows` bad rows, too many blank ones, an
-    empty file, or no usable row. Bad rows that were skipped are written to `rejects`, as {"where", "reason", "row"} a line.
+    empty file, a line beyond MAX_LINE, or no usable row. Bad rows that were skipped are written to `rejects`, as {"where", "reason", "row"} a line.
     """
     rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_pair}, skip_bad_rows, rejects, template)
     return [Pair(row.id, row.prompt, *row.responses, style, row.gap, where) for row, style, where in rows], left_out
@@ -201,7 +203,8 @@ def _kind(value) -> str:
 def _value(row: dict, key: str, kind: type, parent: str = ""):
     """row[key], if it is of that type; an int passes for a float, a bool for neither. Otherwise _BadKey with key and found type."""
     if key not in row:
-        raise _BadKey(f'key "{parent}{key}" is missing, found {", ".join(sorted(row)[:8]) or "no keys"}')
+        found = ", ".join(name[:40].encode(errors="backslashreplace").decode() for name in sorted(row)[:8])  # half a character cannot be written
+        raise _BadKey(f'key "{parent}{key}" is missing, found {found or "no keys"}')
     value = row[key]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise _BadKey(f'key "{parent}{key}" is {_kind(value)}, must be {_kind(kind())}')
@@ -273,6 +276,9 @@ def _paths(spec: str) -> tuple[str, list[Path]]:
     paths = [Path(name) for name in names.split(",")]
     for path in paths:
         try:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for its other end
+                raise OSError(None, "a pipe, socket or device; write what it gives to a file")
             path.open("rb").close()
         except OSError as error:
             raise UsageError(f"{spec}: cannot read {path} ({error.strerror}); {ACCEPTED}") from error
@@ -292,13 +298,22 @@ class _Line:
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    """The lines of a plain or gzipped file that are not blank; a byte order mark at the start is skipped."""
+    """The lines of a plain or gzipped file that are not blank; a byte order mark at the start is skipped.
+
+    Raises DataError for damaged gzip data and for a line beyond MAX_LINE, ResourceError where reading fails.
+    """
     number, offset = 0, 0
     try:
         with path.open("rb") as plain:
             packed = plain.peek(2)[:2] == b"\x1f\x8b"
-            for content in gzip.open(plain) if packed else plain:
+            file = gzip.open(plain) if packed else plain
+            while content := file.readline(MAX_LINE + 1):
                 number += 1
+                if len(content) > MAX_LINE:
+                    raise DataError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; one JSON object is expected on each line (is the whole"
+                        " file one list?)"
+                    )
                 if content.startswith(b"\xef\xbb\xbf") and number == 1:
                     content, offset = content[3:], 3
                 if content.strip():

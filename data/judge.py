@@ -68,17 +68,18 @@ def read_verdicts(path: Path, key_folder: Path) -> tuple[list[dict], list[float]
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
     found: dict[str, tuple[int, str]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             name, verdict = (row := json.loads(line))["id"], row["verdict"]
-        except (ValueError, KeyError, TypeError) as error:
+            hash((name, verdict))  # a list or an object is no name
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f'{path}:{number}: is not {{"id": ..., "verdict": ...}} ({error!r})') from error
         if verdict not in VERDICTS:
             raise DataError(f"{path}:{number}: the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}")
         if name in found:
             raise DataError(f"{path}:{number}: pair {name} was judged on line {found[name][0]} already")
         found[name] = number, verdict
-    keys = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in sorted(Path(key_folder).glob("*.jsonl"))]
+    keys = [[json.loads(line) for line in file.read_bytes().splitlines()] for file in sorted(Path(key_folder).glob("*.jsonl"))]
     key = next((key for key in keys if found and {entry["id"] for entry in key} & set(found)), None)
     if key is None:
         raise DataError(f"{path}: no pair of it was written by --judge-out for this run (keys are in {key_folder})")

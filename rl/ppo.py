@@ -36,6 +36,8 @@ from rl.gae import gae, whiten
 from rl.rewards import next_kl_coef, token_rewards
 from rl.rollout import Rollout, Sampling, roll_out
 
+EXPLODED = 1.0  # nats of KL per token above which PPO warns: every token e times likelier than under the reference; the worlds' runs end near 0.1
+
 
 @dataclass(frozen=True)
 class PpoFlags:
@@ -315,14 +317,14 @@ def train_ppo(
     every = math.ceil(len(steps) / flags.validations)
     state = saving.restore(model, optimiser, metrics)
     if not state:
-        state = {"step": 0, "best": look(-1), "kl_coef": flags.kl_coef, "warned": False, "finished": False}
+        state = {"step": 0, "best": look(-1), "kl_coef": flags.kl_coef, "warned": [], "finished": False}
         keep("")
     taken, best, kl_coef, warned, finished = (state[name] for name in ("step", "best", "kl_coef", "warned", "finished"))
     bar = tqdm(total=len(steps), initial=taken, desc="ppo", disable=not world.is_main, mininterval=1.0)
     with bar, saving.heeding_signals():
         while not finished:
             numbers = one_round(taken, kl_coef)
-            warned = warned or warn_of_collapse(numbers, world)
+            warned = warn_of_collapse(numbers, warned, world)
             # 5. the coefficient, validation, a checkpoint
             kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(steps[taken]))
             taken, finished = taken + 1, taken + 1 == len(steps)
@@ -351,14 +353,18 @@ def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_
         raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
 
 
-def warn_of_collapse(numbers: dict[str, float], world: World) -> bool:
-    """Says, once, what to look at when all responses are empty or none ends."""
-    if numbers["empty"] == 1:
-        word = "collapsed: 100 % of the responses are empty; look at the reward model's scores of empty text, and at kl_ref_seq"
-    elif numbers["ended"] == 0:
-        word = "eos_rate=0: no response ended; was the end token learnt in SFT (is `ended` of the SFT model near 1)? is --max-response too short?"
-    else:
-        return False
-    if world.is_main:
-        tqdm.write(f"warning: ppo: {word}")
-    return True
+def warn_of_collapse(numbers: dict[str, float], warned: list[str], world: World) -> list[str]:
+    """Says what to look at when all responses are empty, none ends, or the KL explodes; each once. Returns what was said so far."""
+    signs = {
+        "empty": (numbers["empty"] == 1,
+            "collapsed: 100 % of the responses are empty; look at the reward model's scores of empty text, and at kl_ref_seq"),
+        "ended": (numbers["ended"] == 0,
+            "eos_rate=0: no response ended; was the end token learnt in SFT (is `ended` of the SFT model near 1)? is --max-response too short?"),
+        "kl": (numbers["kl_ref_tok"] > EXPLODED,
+            f"the KL to the reference has grown to {numbers['kl_ref_tok']:.2f} nats per token, {numbers['kl_ref_seq']:.1f} per response; read some"
+            " responses: a score that rises here is mostly the reward model deceived; larger --kl-coef, or --kl-target, or smaller --lr"),
+    }  # fmt: skip
+    new = [name for name, (seen, _) in signs.items() if seen and name not in warned]
+    for name in new if world.is_main else ():
+        tqdm.write(f"warning: ppo: {signs[name][1]}")
+    return warned + new

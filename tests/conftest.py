@@ -1,14 +1,21 @@
-"""What all tests share: the repository on the import path, and the way to the real data."""
+"""What all tests share: the repository on the import path, the way to the real data, and property tests that repeat.
+
+Property tests draw the same examples in every run, as a function of the test. `--hypothesis-profile=anew --hypothesis-seed=N` draws others.
+"""
 
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+settings.register_profile("anew", deadline=None)
+settings.register_profile("repeating", derandomize=True, deadline=None)
+settings.load_profile("repeating")
 
 
 def real_data() -> Path:

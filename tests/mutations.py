@@ -31,6 +31,7 @@ class Mutation:
 LOSS, KL, PPO = "tests/losses/test_dpo.py", "tests/losses/test_kl.py", "tests/losses/test_ppo.py"
 FIT, UPDATE, LOOP, ROLLOUT = "tests/model/test_fit.py", "tests/rl/test_ppo_update.py", "tests/rl/test_ppo_loop.py", "tests/rl/test_rollout.py"
 GENERATE, RESUME, RANKS = "tests/model/test_generate.py", "tests/model/test_resume.py", "tests/model/test_parallel.py"
+READERS, INVARIANCE = "tests/data/test_readers.py", "tests/test_invariance.py -k"
 
 MUTATIONS = [
     Mutation(*entry)
@@ -217,6 +218,32 @@ MUTATIONS = [
          "    with at_hand(ref, world):\n        (ref_logp,)", "    if True:\n        (ref_logp,)", "tests/test_train.py -k rest_in"),
         ("a resting model not put back", "model/parallel.py",
          "            parameter.data = values\n\n\ndef whole", "            pass\n\n\ndef whole", f"{RANKS} -k resting"),
+        # ---- strangers' files, warnings, what must not change a result
+        ("a line of any length is read", "data/examples.py", "file.readline(MAX_LINE + 1)", "file.readline()", READERS),
+        ("a pipe is waited for", "data/examples.py", "if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):", "if False:", f"{READERS} -k pipes"),
+        ("half a character in a message", "data/examples.py",
+         'name[:40].encode(errors="backslashreplace").decode()', "name[:40]", READERS),
+        ("verdicts end wherever a line may end", "data/judge.py",
+         "Path(path).read_bytes().splitlines()", 'Path(path).read_text(encoding="utf-8").splitlines()', "tests/data/test_judge.py"),
+        ("the KL may explode unheard", "rl/ppo.py", "EXPLODED = 1.0", "EXPLODED = 10.0", LOOP),
+        ("collapse told in every round", "rl/ppo.py", "if seen and name not in warned]", "if seen]", LOOP),
+        ("collapse told again after a stop", "rl/ppo.py", "kl_coef=kl_coef, warned=warned,", "kl_coef=kl_coef, warned=[],", LOOP),
+        ("a manifest with numpy's numbers", "model/watch.py", "float(kl / rows)", "kl / rows", "tests/model/test_watch.py"),
+        ("prompts held out by their place in the file", "data/prepare.py",
+         "if is_held_out(p.prompt, flags.test_share)], 0\n        pairs = [p for p in pairs if not is_held_out(p.prompt, flags.test_share)]",
+         "if is_held_out(p.where, flags.test_share)], 0\n        pairs = [p for p in pairs if not is_held_out(p.where, flags.test_share)]",
+         f"{INVARIANCE} order_of_rows"),
+        ("the file's first prompts are asked", "eval.py",
+         "ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))", "ordered = list(first)", f"{INVARIANCE} order_of_rows"),
+        ("an answer by its place in the batch", "eval.py",
+         "keys = [stable_hash(questions[index].prompt) for index in part]", "keys = list(range(len(part)))", f"{INVARIANCE} who_else"),
+        ("PPO: micro-batches averaged", "rl/ppo.py", "(total * (world.size / count if counts else 0.0)).backward()",
+         "(total * (world.size / float(batch.rollout.mask[rows].sum()) / rounds if counts else 0.0)).backward()", f"{INVARIANCE} ppo"),
+        ("the sampler at another temperature", "rl/rollout.py",
+         "    temperature=sampling.temperature,\n            any_rank", "    temperature=1.0,\n            any_rank", f"{INVARIANCE} temperature"),
+        ("padding found by its id", "rl/rollout.py",
+         "lengths = torch.where(response_mask, columns + 1, 0).amax(dim=1)", "lengths = (tokens != sampling.pad_id).sum(dim=1)",
+         f"{INVARIANCE} padding_that"),
     ]
 ]  # fmt: skip
 

@@ -3,19 +3,21 @@
 The table below is what the program promises. Cases with several forms have several tests.
 
     bad data                                     exit 3, file:line          missing or unusable flag, folder, split    exit 2
-    wrong weights, another tokenizer, a pickle   exit 4                     blank, identical, two-prompt rows          dropped and counted
+    wrong weights, tokenizer or cache, a pickle  exit 4                     blank, identical, two-prompt rows          dropped and counted
     empty or never-ending responses in PPO       a warning; training goes on
 """
 
 import gzip
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
-from runs import BUDGETS, ROOT, copy_of, here, manifest, metrics, snapshot, steps, write_rows
+from runs import BUDGETS, ROOT, command, copy_of, here, manifest, metrics, sha256, snapshot, steps, write_rows
 
 from data.prepare import load_pairs
 from data.tokenizer import Tokenizer
@@ -67,6 +69,7 @@ BAD_ROWS = {
     "5 empty file": (b"", "rows.jsonl: empty file", "download"),
     "5 nothing usable": ([{"prompt": "a", "chosen": "b", "rejected": "b"}] * 9, "none of the 9 rows is usable", "9  chosen equals rejected"),
     "5 too few for three parts": (GOOD[:3], "too few rows for three parts", "give more data"),
+    "9 a line without end": (encoded(GOOD) + b" " * (2**24 + 1), "rows.jsonl:61: the line is longer than 16,777,216 bytes", "one JSON object"),
     "6 blank everywhere": ([row | {"rejected": " "} if n % 3 else row for n, row in enumerate(GOOD)], "40 of 60 rows", "5%"),
 }
 
@@ -91,6 +94,12 @@ def test_bad_rows_can_be_skipped_up_to_a_number(tmp_path):
     rejects = [json.loads(line) for line in (run / "data" / "rejects.jsonl").read_text().splitlines()]
     assert [row["where"].rpartition(":")[2] for row in rejects] == ["17", "62"] and rejects[0]["row"] == "{not json\n"
     assert sum(manifest(run / "data")["results"]["pairs"].values()) == 60
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = command("--stage", "tokenizer", "--out", tmp_path / "run", "--data", f"jsonl:{tmp_path / 'pipe'}", expect=2, timeout=60)
+    assert f"cannot read {tmp_path / 'pipe'} (a pipe, socket or device" in message and not snapshot(tmp_path / "run")
 
 
 def test_byte_order_mark_crlf_and_gzip_are_read(tmp_path):
@@ -283,11 +292,46 @@ def test_another_tokenizer_is_refused(chain, tmp_path):
 
 def test_damaged_weights_are_refused(chain, tmp_path):
     run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
-    for name, change in {"cut": lambda raw: raw[:-100], "nothing": lambda raw: b"", "noise": lambda raw: b"\xff" * 100}.items():
+    changes = {"cut": lambda raw: raw[:-100], "longer": lambda raw: raw + bytes(8), "nothing": lambda raw: b"", "noise": lambda raw: b"\xff" * 100}
+    for name, change in changes.items():
         broken = foreign_copy(chain, tmp_path / name)
         (broken / "model.safetensors").write_bytes(change((broken / "model.safetensors").read_bytes()))
         assert "not a whole safetensors file" in here("--stage", "dpo", "--out", run, "--init", broken, expect=4)
+    parted = foreign_copy(chain, tmp_path / "parted")
+    (parted / "model.safetensors").rename(parted / "model-00001-of-00002.safetensors")
+    listed = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (parted / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    message = here("--stage", "dpo", "--out", run, "--init", parted, expect=4)
+    assert "lists 'model-00002-of-00002.safetensors', which is no safetensors file of this folder" in message
     assert not (run / "dpo").exists()
+
+
+# ---- a stale cache (case 30)
+
+
+def test_a_reference_cache_is_used_whole_or_not_at_all(chain, tmp_path):
+    """Cut, without a row, or with another number: refused by name. Of another reference: not looked at. Removed: made again."""
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    (cache,) = (run / "cache").iterdir()
+    whole = cache.read_text()
+    kept = json.loads(whole)
+    row, numbers = next(iter(kept["logps"].items()))
+    others = {name: value for name, value in kept["logps"].items() if name != row}
+    changed = {**others, row: [numbers[0] + 1, numbers[1]]}
+    for damage in (whole[: len(whole) // 2], *(json.dumps(kept | {"logps": logps}) for logps in (others, changed))):
+        cache.write_text(damage)
+        before = snapshot(run)
+        message = here("--stage", "dpo", "--out", run, *BUDGETS["dpo"], expect=4)
+        assert str(cache) in message and re.search("make it again|made anew", message)
+        assert snapshot(run) == before
+    (snapshot_of_sft, *_) = sorted((run / "sft").glob("snapshot-*"))
+    here("--stage", "dpo", "--out", run, "--ref", snapshot_of_sft, *BUDGETS["dpo"])
+    assert len(list((run / "cache").iterdir())) == 2 and cache.read_text() == damage
+    assert manifest(run / "dpo")["results"]["healthy"] is False  # SFT as it began is far from SFT as it ended
+    shutil.rmtree(run / "dpo")
+    cache.unlink()
+    here("--stage", "dpo", "--out", run, *BUDGETS["dpo"])
+    assert cache.read_text() == whole and sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
 
 
 class Intruder:

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import (
+    PairRow,
     Row,
     collate,
+    collate_pairs,
     encode_pairs,
     encode_prompt,
     encode_response,
@@ -120,6 +122,42 @@ def test_masks_do_not_know_what_padding_looks_like(include_prompt):
     masks = [collate(rows, pad, include_prompt)[1].tolist() for pad in (PAD, EOS, BOS, 0)]
     assert masks[0] == masks[1] == masks[2] == masks[3]
     assert [sum(row) for row in masks[0]] == ([4, 2, 1] if include_prompt else [2, 1, 1])
+
+
+IDS = st.lists(st.integers(0, 9), max_size=7)  # control ids too: no mask may be guessed from them
+TEXT_ROWS = st.lists(st.tuples(IDS.filter(len), IDS), min_size=1, max_size=6)
+
+
+@settings(max_examples=200)
+@given(TEXT_ROWS, st.integers(0, 9), st.booleans())
+def test_every_cell_of_a_batch_is_a_rows_token_or_padding(rows, pad, include_prompt):
+    tokens, mask = collate([Row(str(i), tuple(p), tuple(r)) for i, (p, r) in enumerate(rows)], pad, include_prompt)
+    assert tokens.shape == mask.shape == (len(rows), max(len(p) + len(r) for p, r in rows))
+    for found, inside, (prompt, response) in zip(tokens.tolist(), mask.tolist(), rows, strict=True):
+        for column, (token, counts) in enumerate(zip(found, inside, strict=True)):
+            assert token == (prompt + response)[column] if column < len(prompt + response) else token == pad
+            begins = 1 if include_prompt else len(prompt)
+            assert counts == (begins <= column < len(prompt + response))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(IDS.filter(len), IDS, IDS), min_size=1, max_size=6), st.integers(0, 9))
+def test_a_packed_batch_comes_apart_into_its_pairs(pairs, pad):
+    rows = [PairRow(str(i), Row("", tuple(p), tuple(c)), Row("", tuple(p), tuple(r))) for i, (p, c, r) in enumerate(pairs)]
+    tokens, parts = collate_pairs(rows, pad)
+    assert tokens.shape == parts.shape == (len(pairs), max(map(len, (p + c + r for p, c, r in pairs))))
+    for found, part, pair in zip(tokens, parts, pairs, strict=True):
+        assert [found[part == number].tolist() for number in range(3)] == list(pair)
+        assert part.tolist() == sorted(part) and (found[part == 3] == pad).all()
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 9))
+def test_any_step_is_shared_out_whole(lengths, world_size, micro_batch):
+    rows = rows_of(lengths)
+    shares = [share_out(rows, rank, world_size, micro_batch) for rank in range(world_size)]
+    assert Counter(row.id for share in shares for part in share for row in part) == Counter(row.id for row in rows)
+    assert len({len(share) for share in shares}) == 1 and all(len(part) <= micro_batch for share in shares for part in share)
 
 
 # ---- order

@@ -105,6 +105,30 @@ def test_each_pair_must_be_judged_once(asked, tmp_path, change, message):
         read_verdicts(write(tmp_path / "in.jsonl", change(by_true_reward(rows))), keys)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"[]", b'"id"', b'{"id": ["a"], "verdict": "A"}', b'{"id": "a", "verdict": {}}', b'{"id": "\xff", "verdict": "A"}', b"[" * 10**5, b"9" * 5000],
+)
+def test_lines_that_are_no_verdict_are_named(asked, tmp_path, line):
+    _, keys, rows = asked
+    (tmp_path / "in.jsonl").write_bytes(json.dumps(by_true_reward(rows)[0]).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match="in.jsonl:2: is not"):
+        read_verdicts(tmp_path / "in.jsonl", keys)
+
+
+def test_signs_that_end_a_line_elsewhere_end_none_here(tmp_path):
+    """Texts may hold U+2028, U+0085 and their like, and a judge may write them down as they are."""
+    odd = "\u2028 \u2029 \x85 \x1c \x0b"
+    rows = [row | {"prompt": row["prompt"] + odd, "first": row["first"] + odd} for row in made_up(9)[:9]]
+    path, keys = tmp_path / "out" / "pairs.jsonl", tmp_path / "keys"
+    write_questions(path, keys, NAMES, rows, "plain", 0)
+    asked = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    verdicts = "".join(json.dumps({"id": row["id"], "verdict": "A", "why": row["prompt"]}, ensure_ascii=False) + "\r\n" for row in asked)
+    (tmp_path / "in.jsonl").write_bytes(verdicts.encode())
+    key, _ = read_verdicts(tmp_path / "in.jsonl", keys)
+    assert len(key) == 9 and {entry["prompt"] for entry in key} == {row["prompt"] for row in asked} == {row["prompt"] for row in rows}
+
+
 def test_length_is_controlled_for():
     """Verdicts drawn from the regression itself: the plain rate is off, the controlled one is sigmoid(a)."""
     rng = np.random.default_rng(0)

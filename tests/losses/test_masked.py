@@ -1,7 +1,12 @@
 """Padding never leaks, empty means are 0, and moments of parts merge into those of the whole."""
 
+import math
+import statistics
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from losses.masked import masked_mean, masked_moments, masked_sum, merge_moments, zero_padding
 
@@ -51,6 +56,26 @@ def test_moments_of_ragged_parts_merge_into_those_of_the_whole():
     real = x[mask].double()
     expected = (len(real), real.mean().item(), real.var(unbiased=False).item())
     assert [moment.item() for moment in merged] == pytest.approx(expected, rel=1e-5)
+
+
+CELLS = st.lists(st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=5, max_size=5), min_size=1, max_size=6)
+
+
+@settings(max_examples=200)
+@given(CELLS, st.sampled_from(RUBBISH), st.integers(0, 6))
+def test_any_mask_counts_what_is_on_it_and_nothing_else(rows, rubbish, cut):
+    """Against sums over lists; and in two parts, wherever they are cut."""
+    x = torch.tensor([[value if real else rubbish for value, real in row] for row in rows])
+    mask = torch.tensor([[real for _, real in row] for row in rows])
+    sums = [math.fsum(value for value, real in row if real) for row in rows]
+    everything = [value for row in rows for value, real in row if real]
+    mean = statistics.fmean(everything) if everything else 0.0
+    variance = statistics.pvariance(everything) if everything else 0.0
+    assert masked_sum(x, mask).tolist() == pytest.approx(sums, abs=1e-3)
+    assert masked_mean(x, mask).item() == pytest.approx(mean, abs=1e-3)
+    parts = [masked_moments(x[some], mask[some]) for some in (slice(None, cut), slice(cut, None))]
+    for moments in (masked_moments(x, mask), merge_moments(*(torch.stack(moment) for moment in zip(*parts)))):
+        assert [moment.item() for moment in moments] == pytest.approx([len(everything), mean, variance], rel=1e-4, abs=1e-3)
 
 
 def test_dtype_is_kept():

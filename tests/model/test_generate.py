@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chi2
 from small import BOS, CONFIG, EOS, PAD, loud, ragged_rows
 from torch import nn
@@ -29,9 +31,9 @@ def greedy_without_cache(model, prompt, count, eos_id):
     return tokens[len(prompt) :]
 
 
-def an_end_token(model, prompts, count):
-    """The id that greedy decoding reaches at the most different places: with it as end token, rows end at different times."""
-    free = responses(generate(model, prompts, max_new_tokens=count, eos_id=-1, pad_id=PAD))
+def an_end_token(model, prompts, count, **how):
+    """The id that decoding reaches at the most different places: with it as end token, rows end at different times."""
+    free = responses(generate(model, prompts, max_new_tokens=count, eos_id=-1, pad_id=PAD, **how))
     return max(range(4, CONFIG.vocab_size), key=lambda token: len({row.index(token) for row in free if token in row}))
 
 
@@ -108,6 +110,32 @@ def test_a_drawn_token_is_the_inverse_of_the_cumulative_distribution_that_traini
             cumulative = probabilities.cumsum(-1)
             assert cumulative[token] - probabilities[token] - 1e-6 <= uniforms[row, step] <= cumulative[token] + 1e-6
             assert logp[row, column - 1].item() == pytest.approx(probabilities[token].log().item(), abs=1e-5)
+
+
+LOUD = loud(LanguageModel).eval()
+PROMPTS = st.lists(st.lists(st.integers(1, CONFIG.vocab_size - 1), min_size=1, max_size=9), min_size=1, max_size=9)
+
+
+@torch.no_grad()
+@settings(max_examples=100)
+@given(PROMPTS, st.integers(0, 99), st.integers(1, 12), st.sampled_from([0.7, 1.0, 1.5, None]), st.booleans())
+def test_any_batch_says_what_full_forwards_of_each_row_say(prompts, seed, most, temperature, early_end):
+    """Whatever the company: every token is the one that a forward without cache and padding gives for the row's own number, or the likeliest."""
+    uniforms = None if temperature is None else row_uniforms(seed, range(len(prompts)), most)
+    how = {"uniforms": uniforms, "temperature": temperature or 1.0}
+    eos_id = an_end_token(LOUD, prompts, most, **how) if early_end else EOS
+    made = generate(LOUD, prompts, max_new_tokens=most, eos_id=eos_id, pad_id=PAD, **how)
+    for row, (prompt, response) in enumerate(zip(prompts, responses(made), strict=True)):
+        assert response and eos_id not in response[:-1]
+        assert made.ended[row].item() == (response[-1] == eos_id) and (made.ended[row] or len(response) == most)
+        for step, token in enumerate(response):
+            logits = LOUD(torch.tensor([prompt + response[:step]]))[0, -1].double().numpy() / (temperature or 1.0)
+            weights = np.exp(logits - logits.max())
+            below = weights[:token].sum() / weights.sum()
+            if uniforms is None:
+                assert logits[token] > logits.max() - 1e-5
+            else:
+                assert below - 1e-6 <= uniforms[row, step] <= below + weights[token] / weights.sum() + 1e-6
 
 
 # ---- random numbers
@@ -229,6 +257,24 @@ def test_the_end_token(pad, after_end):
         assert made.response_mask[row].int().tolist() == [0] * len(prompt) + [1] * len(response) + [0] * (width - len(prompt + response))
         assert made.ended[row].item() is ended
     assert made.tokens.shape[1] == 7  # the prompt of 4 with its 3 tokens
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.integers(0, 7), min_size=8, max_size=8), st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=8),
+    st.integers(1, 6), st.integers(0, 7), st.integers(0, 7),
+)  # fmt: skip
+def test_any_chain_ends_where_a_loop_over_its_table_ends(table, prompts, most, eos_id, pad_id):
+    """The next token is table[last]: responses are known without a model, whatever stands for end and padding, be it the same id."""
+    made = generate(Chain(dict(enumerate(table))), prompts, max_new_tokens=most, eos_id=eos_id, pad_id=pad_id)
+    for row, prompt in enumerate(prompts):
+        said = [table[prompt[-1]]]
+        while said[-1] != eos_id and len(said) < most:
+            said.append(table[said[-1]])
+        width = made.tokens.shape[1]
+        assert made.tokens[row].tolist() == prompt + said + [pad_id] * (width - len(prompt + said))
+        assert made.response_mask[row].tolist() == [len(prompt) <= column < len(prompt + said) for column in range(width)]
+        assert made.ended[row].item() == (said[-1] == eos_id)
 
 
 def test_another_end_token_than_the_usual_one():

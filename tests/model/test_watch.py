@@ -42,6 +42,7 @@ def test_sampled_kl_is_the_mean_over_responses_of_the_sum_over_their_tokens():
         total += sum(float(own[t - 1, ids[0, t]] - ref[t - 1, ids[0, t]]) for t in range(ids.shape[1]) if inside[t])
     assert found["kl_ref_seq"] == pytest.approx(total / 60, rel=1e-4) and found["kl_ref_seq"] > 1
     assert found["ended"] == pytest.approx(float(ended.float().mean()))
+    assert {type(value) for value in found.values()} == {float}  # a comparison of them goes into a manifest
 
 
 @pytest.mark.parametrize(("kl", "fall", "said"), [(10.1, 0.0, "--max-kl 10"), (0.0, 20.1, "--max-fall 20"), (10.0, 20.0, None)])

@@ -1,5 +1,6 @@
 """PPO's loop on a toy: it learns, twice the same; the best is kept; what it logs, warns of, and refuses to go on with."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -156,6 +157,25 @@ def test_collapse_is_told_once(table, word, capsys, tmp_path):
     assert [line[share] for line in lines if "score" in line] == [1.0 if share == "empty" else 0.0] * 3
 
 
+def test_a_kl_that_explodes_is_told_once(capsys, tmp_path):
+    """By hand: the policy always says 5, to which the reference gives 1/12, so the KL is log(12) = 2.48 nats at each of 8 tokens; nothing ends
+    either, and both are told. Where the reference gives it 1/3, log(3) = 1.10 is told; log(2.7) = 0.99 is not."""
+    flags = replace(FLAGS, iterations=3, lr=1e-9)
+    table = chain({i: 5 for i in range(V)})
+    _, _, lines = train(with_values(bigram(table)), bigram(torch.zeros(V, V)), Count(), flags, folder=tmp_path, same_start=False)
+    rounds = [line for line in lines if "score" in line]
+    assert [line["kl_ref_tok"] for line in rounds] == pytest.approx([math.log(12)] * 3, abs=1e-4)
+    output = "".join(capsys.readouterr())
+    assert output.count("warning: ppo:") == 2 and output.count("eos_rate=0") == 1
+    assert output.count("the KL to the reference has grown to 2.48 nats per token, 19.9 per response; read some responses") == 1
+    assert "--kl-coef" in output
+    for ratio, told in ((3.0, 1), (2.7, 0)):  # the reference gives 5 the probability 1/ratio
+        ref = torch.zeros(V, V)
+        ref[:, 5] = math.log((V - 1) / (ratio - 1))
+        train(with_values(bigram(table)), bigram(ref), Count(), replace(flags, iterations=1), same_start=False)
+        assert "".join(capsys.readouterr()).count("the KL to the reference has grown") == told
+
+
 def test_responses_that_end_are_no_collapse(learnt, capsys):
     train(*learner(), Count(), replace(LEARN, iterations=1))
     assert "warning" not in "".join(capsys.readouterr())
@@ -219,7 +239,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, stop_at):
-    """With its adaptive coefficient, its best objective, and without telling of a collapse twice."""
+    """With its adaptive coefficient and its best objective."""
     flags = replace(LEARN, iterations=4, validations=2, prompts_per_iteration=8, minibatch=8, kl_target=0.01, kl_horizon=40.0)
     outcomes, shown = {}, []
     for name, stops in (("whole", [None]), ("stopped", [stop_at, None])):
@@ -252,3 +272,23 @@ def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, st
     assert outcomes["stopped"][:2] == outcomes["whole"][:2]
     assert all(torch.equal(tensor, outcomes["whole"][2][name]) for name, tensor in outcomes["stopped"][2].items())
     assert len({line["kl_coef"] for line in outcomes["whole"][1] if "kl_coef" in line}) == 4 and outcomes["whole"][0] == {"objective": 3.0, "step": 1}
+
+
+def test_a_collapse_is_not_told_again_after_a_stop(tmp_path, monkeypatch, capsys):
+    for stop in (1, None):
+        rounds = iter(range(99))
+
+        def sampling(*args, rounds=rounds, stop=stop, **more):
+            if next(rounds) == stop:
+                raise Stopped
+            return roll_out(*args, **more)
+
+        monkeypatch.setattr(ppo, "roll_out", sampling)
+        with contextlib.suppress(Stopped):
+            train_ppo(
+                with_values(bigram(chain({}))), bigram(chain({})), Count(), prompts_of(12), replace(FLAGS, iterations=3), SAMPLING,
+                same_start=True, seed=0, world=ALONE, metrics=Metrics(tmp_path / "metrics.jsonl"), validate=lambda: {"objective": 0.0},
+                keep=lambda name: None, saving=Saving(tmp_path, ALONE, every=1),
+            )  # fmt: skip
+    assert "".join(capsys.readouterr()).count("100 % of the responses are empty") == 1
+    assert len([line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"score"' in line]) == 3
