@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 from data import compare, pictures
 from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
-from data.errors import CheckpointError, DataError, Stop, UsageError
+from data.errors import CheckpointError, DataError, UsageError
 from data.examples import HUMAN, Pair, in_template
 from data.files import atomic_write, read_json, weight_files, write_json
-from data.flags import add_flags, flag, take_flags
+from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
 from data.prepare import load_pairs
@@ -49,7 +49,7 @@ from data.tokenizer import Tokenizer
 from model.checkpoint import CONFIG
 from model.generate import generate, row_uniforms
 from model.heads import LanguageModel, ScalarModel
-from model.parallel import DeviceFlags, World, distribute, start, stop
+from model.parallel import DeviceFlags, World, distribute, exit_code, start
 from model.score import reference_logps, reward_scores, sequence_kls
 from model.stage import Text
 
@@ -387,11 +387,13 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     setting = Setting(text, world, flags)
     template = "hh" if described["data"] == "advice" or described["data"].startswith("hh:") else described.get("template")
     style = "dialogue" if template == "hh" else "plain"
+    if not prompt.strip():
+        raise UsageError("--prompt: is empty; give some text")
     if template and not raw and HUMAN not in prompt:
         prompt, style = in_template(prompt, template)
     ids, shortened = encode_prompt(prompt, style, text.tokenizer, text.max_prompt)
     if not ids:
-        raise UsageError("--prompt: is empty; give some text")
+        raise UsageError(f"--prompt: does not fit into the {text.max_prompt} tokens of this model's prompts; shorten it")
     if shortened:
         print(f"warning: the prompt was shortened to {text.max_prompt} tokens", file=sys.stderr)
     question = Question(prompt, "", ids)
@@ -399,35 +401,28 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     return answers.texts[0].strip()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line, does what it says, and returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Reads the command line and does what it says."""
     help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=140)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=help_format, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=help_format, allow_abbrev=False)
     add_flags(parser, CommandFlags)
     add_flags(parser, EvalFlags)
     given = vars(parser.parse_args(arguments))
-    try:
-        check_flags(given)
-        if "compare" in given:
-            compare_rows(Path(given["compare"]))
-            return 0
-        quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
-        command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
-        world = start(DeviceFlags(device=command.device, dtype=command.dtype))
-        if command.judge_in:
-            text = judged_text(judged(*read_verdicts(Path(command.judge_in), Path(command.run) / "eval" / "keys")))
-            atomic_write(Path(command.run) / "eval" / "judged.md", text)
-            print(text)
-        elif command.run is not None:
-            compare_run(Path(command.run), world, flags, Path(command.judge_out) if command.judge_out else None)
-        else:
-            print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
-    except Stop as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    finally:
-        stop()
-    return 0
+    check_flags(given)
+    if "compare" in given:
+        compare_rows(Path(given["compare"]))
+        return
+    quick = {"prompts": QUICK_PROMPTS} if given.get("quick") else {}
+    command, flags = take_flags(CommandFlags, given), take_flags(EvalFlags, given, **quick)
+    world = start(DeviceFlags(device=command.device, dtype=command.dtype))
+    if command.judge_in:
+        text = judged_text(judged(*read_verdicts(Path(command.judge_in), Path(command.run) / "eval" / "keys")))
+        atomic_write(Path(command.run) / "eval" / "judged.md", text)
+        print(text)
+    elif command.run is not None:
+        compare_run(Path(command.run), world, flags, Path(command.judge_out) if command.judge_out else None)
+    else:
+        print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
 
 
 def check_flags(given: dict) -> None:
@@ -454,4 +449,4 @@ def check_flags(given: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

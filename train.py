@@ -34,12 +34,13 @@ from data.batches import PairRow, encode_prompt, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
-from data.flags import add_flags, flag, take_flags, typed_names
+from data.flags import Parser, add_flags, flag, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
+from data.synthetic import WORLDS
 from data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 from eval import EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
@@ -109,16 +110,16 @@ class PpoStageFlags(PpoFlags):
     reward_model: str | None = flag(None, "folder of the reward model (default: DIR/rm)")
 
 
-LossFlags = dataclasses.make_dataclass(
-    "LossFlags",
-    [
-        (name, kind | None, flag(None, f"{text} (loss {loss}: {default})"))
-        for name, (kind, default, text, loss) in {
-            name: (*described, loss) for loss in reversed(PREFERENCE_LOSSES) for name, described in loss_flags(PREFERENCE_LOSSES[loss]).items()
-        }.items()
-    ],
-    frozen=True,
-)
+def loss_fields() -> list[tuple]:
+    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each."""
+    fields: dict[str, tuple[type, str, list[str]]] = {}
+    for loss, function in PREFERENCE_LOSSES.items():
+        for name, (kind, default, text) in loss_flags(function).items():
+            fields.setdefault(name, (kind, text, []))[2].append(f"{loss} {default}")
+    return [(name, kind | None, flag(None, f"{text} (default: {', '.join(defaults)})")) for name, (kind, text, defaults) in fields.items()]
+
+
+LossFlags = dataclasses.make_dataclass("LossFlags", loss_fields(), frozen=True)
 STAGE_FLAGS = {
     "tokenizer": (TokenizerFlags,),
     "sft": (SftFlags,),
@@ -243,18 +244,31 @@ def split_stage(run: Run) -> None:
     """Easy, difficult and dropped pairs by the gap of their out-of-fold scores."""
     flags = run.take("split", SplitFlags)
     rm = run.parent("rm")
+    if flags.gaps == "given":
+        given_gaps(run)  # what is missing stops the run before a folder is made
     if not run.begins("split", as_flags(flags), {"rm": rm}):
         return
     with run.stage("split") as (folder, _, results):
         scored = [json.loads(line) for line in (rm / "scores.jsonl").read_text().splitlines()]
         pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "train")}
         pairs, gaps = [pair_of[row["id"]] for row in scored], np.array([row["chosen"] - row["rejected"] for row in scored])
+        if flags.gaps == "given":
+            gaps = np.array([given_gaps(run)[pair.id] for pair in pairs])
         split = split_pairs([pair.prompt for pair in pairs], gaps, flags, run.flags.seed)
         if run.world.is_main:
             write_split(folder, split, pairs, gaps, flags, {"seed": run.flags.seed, "scores": digest(rm / "scores.jsonl")})
         counts = {name: len(getattr(split, name)) for name in ("easy", "difficult", "dropped")}
         results |= counts | {"disputed": int(split.disputed.sum()), "threshold": split.threshold}
         run.say("  " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in results.items()))
+
+
+def given_gaps(run: Run) -> dict[str, float]:
+    """Id -> the gap that the data states; raises DataError where a pair states none."""
+    pairs = load_pairs(run.folder / "data", "train")
+    without = next((pair.where for pair in pairs if pair.gap is None), None)
+    if without:
+        raise DataError(f'{without}: has no "gap", which --gaps given needs in every pair; give it, or split by the reward model\'s')
+    return {pair.id: pair.gap for pair in pairs}
 
 
 def part_ids(run: Run, part: str) -> set[str] | None:
@@ -270,6 +284,8 @@ def chosen_loss(run: Run, name: str):
     if foreign:
         raise UsageError(f"--{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
+    if not arguments["beta"] > 0:
+        raise UsageError(f"--{'dpo-' if run.chain else ''}beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
     try:
         PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 3), **arguments)
     except ValueError as error:
@@ -461,13 +477,13 @@ def plan(run: Run, stage: str) -> None:
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
     """A parser of exactly the flags that the stage reads."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
     )
     whole = stage in ("mpo", "ablations")  # flags of all stages, by their names in the chain
     parser.add_argument("--stage", choices=(*STAGES, "ablations"), help="what to run")
     own = ((ModelFlags,) if stage == "sft" or whole else ()) + ((LoopFlags,) if stage not in ("tokenizer", "split", "ablations") else ())
-    own += () if stage == "ablations" else (PlanFlags,)
+    own += () if stage in ("tokenizer", "split", "ablations") else (PlanFlags,)
     for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own):
         add_flags(parser, group)
     for name in CHAIN if whole else (stage,):
@@ -492,14 +508,27 @@ def check_flags(run: Run, stage: str) -> None:
             if isinstance(flags, SplitFlags):
                 with typed_names(flags, prefix):
                     check_split_flags(flags)
-            if isinstance(flags, PpoFlags):
+            if isinstance(flags, PpoStageFlags):
                 with typed_names(flags, prefix):
                     check_ppo_flags(flags)
+                if flags.prompts and f"{prefix}part".replace("-", "_") in run.given:
+                    raise UsageError(f"--{prefix}part {flags.part}: is not read with --{prefix}prompts; leave one of them out")
                 if flags.prompts_per_iteration % run.world.size:
                     count, size = flags.prompts_per_iteration, run.world.size
                     raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")
             if isinstance(flags, DpoFlags):
                 chosen_loss(run, flags.loss)
+
+
+def check_data_flags(flags: DataFlags, given: dict) -> None:
+    """Raises UsageError for flags about a world's making beside files, and the other way round."""
+    if flags.data in WORLDS:
+        unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
+    else:
+        unread = {field.name for field in dataclasses.fields(WorldFlags)} | ({"test_share"} if flags.test_data else set())
+        reason = "is about the built-in worlds, or --test-data takes its place"
+    for name in sorted(unread & set(given)):
+        raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
 
 
 def grid(given: dict) -> None:
@@ -521,7 +550,7 @@ def given_again(given: dict, stage: str) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Parses flags, joins the process group, prepares the data, runs the stage."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage", choices=(*STAGES, "ablations"))
     stage = first.parse_known_args(arguments)[0].stage
     if stage is None:
@@ -542,12 +571,14 @@ def main(arguments: list[str]) -> None:
         return
     for name in {"world", "gpu_memory", *(("size",) if stage not in ("sft", "mpo") else ())} & set(given):
         raise UsageError(f"--{name.replace('_', '-')}: is read with --plan alone, here; leave it out")
+    makes_data = stage in ("tokenizer", "mpo")  # every other stage needs the tokenizer first, and must not choose the data by accident
+    if makes_data:
+        check_data_flags(data_flags, given)
     world = start(take_flags(DeviceFlags, given))
     run = Run(Path(flags.out), flags, world, given, stage == "mpo", QUICK if flags.quick else {})
     check_flags(run, stage)
     if flags.resume and not any(run.folder.glob("*/")):
         raise UsageError(f"--resume: there is nothing in {run.folder} to go on with; leave the flag out")
-    makes_data = stage in ("tokenizer", "mpo")  # every other stage needs the tokenizer first, and must not choose the data by accident
     if world.is_main and (makes_data or (run.folder / "data" / MANIFEST).exists()):
         prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed, flags.resume)
     world.barrier()

@@ -16,9 +16,19 @@ from typing import get_args, get_type_hints
 from data.errors import UsageError
 
 
+STAGE_NAMES = ". A stage alone takes its flags by their own names (--lr), a chain by the stage's (--dpo-lr)"
+
+
 def flag(default, help: str, choices: tuple | None = None, positive: bool = False):
     """A dataclass field that is a flag; positive ones must be above 0."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "positive": positive})
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line, as a UsageError."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help" + STAGE_NAMES * ("unrecognized" in message))
 
 
 def add_flags(parser: argparse.ArgumentParser, group, prefix: str = "") -> None:

@@ -68,9 +68,9 @@ def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
     common = {"--" + name.replace("_", "-"): value for name, value in given.items()}
     if decided := sorted(flag for flag in common if re.fullmatch(r"--(dpo|ppo)-(init|ref|part|prompts|reward-model)", flag)):
         raise UsageError(f"{decided[0]}: is what the rows differ in; leave it out")
-    if not common.get("--quick"):
-        common.setdefault("--test-prompts", TEST_PROMPTS)
     data = common.setdefault("--data", "advice")
+    if data in WORLDS and not common.get("--quick"):
+        common.setdefault("--test-prompts", TEST_PROMPTS)
     grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None))
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")

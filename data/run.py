@@ -73,7 +73,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     folder = Path(folder)
     key = {"flags": flags, "parents": {name: parent_key(path) for name, path in parents.items()}}
     key = json.loads(json.dumps(key))  # as it will be read back: a tuple is a list there
-    way_out = "choose another --out, or remove the folder to make it anew"
+    way_out = "choose another --out, or remove the folder to make it anew (to keep both, do so in a copy of the run)"
     if (folder / MANIFEST).exists():
         if differences := key_differences(read_json(folder / MANIFEST), key):
             raise (CheckpointError if resume else UsageError)(f"{folder}: finished with other settings ({differences}); {way_out}")
@@ -92,8 +92,13 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
 
 def key_differences(made: dict, key: dict) -> str:
     """How a stage's key differs from the one that it was made with; nothing where it does not."""
+
+    def difference(name: str, old, new) -> str:
+        places = [entry.get("path") if isinstance(entry, dict) else entry for entry in (old, new)]
+        return f"{name} {places[1]} was made anew since" if places[0] == places[1] else f"{name} was {places[0]}, is {places[1]}"
+
     return "; ".join(
-        f"{name} was {made[group].get(name)}, is {key[group].get(name)}"
+        difference(name, made[group].get(name), key[group].get(name))
         for group in key
         for name in sorted({*made[group], *key[group]})
         if identity(made[group].get(name)) != identity(key[group].get(name))

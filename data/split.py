@@ -56,6 +56,8 @@ HISTOGRAM_EDGES = np.arange(-5.0, 5.5, 0.5)  # fixed, so that runs compare; 0 is
 
 @dataclass(frozen=True)
 class SplitFlags:
+    gaps: str = field(default="reward-model", metadata={
+        "help": "scores of the reward model, or what the rows of jsonl:PATH state as `gap`", "choices": ("reward-model", "given")})
     rule: str = field(default="quantile", metadata={
         "help": "how the pairs that are not disputed are split", "choices": ("threshold", "quantile", "random", "none")})
     threshold: float | None = field(default=None, metadata={"help": "rule threshold: the smallest easy gap, in raw log-odds"})

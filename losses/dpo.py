@@ -10,7 +10,7 @@ and differ in the curve they put on it. A log-probability of a response is the *
 are the same model, so h = 0 whatever the loss.
 
 **To add a loss**, write one function `name(pairs, *, beta: float = 0.1, ...) -> (B,)` below and enter it in PREFERENCE_LOSSES. Its keyword
-arguments become its flags: each needs a type, a default and one line `name: help` under `Args:`. Raise ValueError for values without a meaning.
+arguments become its flags: each needs a type, a default and one line `name: help` under `Args:`; beta is always one. Raise ValueError for values without a meaning.
 tests/losses/test_dpo.py tests every entry of the table. What else a loss must know about a pair becomes a field of `Pairs`; one that reads
 the reward model's gap is also named in READS_GAP.
 """
@@ -157,7 +157,8 @@ READS_GAP = {"soft"}
 def loss_flags(loss: Callable[..., Tensor]) -> dict[str, tuple[type, object, str]]:
     """The keyword arguments of a preference loss, as flags: name -> (type, default, help), in the order of the signature.
 
-    Raises ValueError where a keyword argument lacks its type, its default or its line under `Args:`.
+    Raises ValueError where a keyword argument lacks its type, its default or its line under `Args:`, or where there is no beta, by which
+    implicit rewards are measured.
     """
     block = re.search(r"^ *Args:\n((?: *\w+: .+\n)+)", loss.__doc__ or "", re.MULTILINE)
     help_of = dict(re.findall(r"^ *(\w+): (.+)$", block[1], re.MULTILINE)) if block else {}
@@ -169,4 +170,6 @@ def loss_flags(loss: Callable[..., Tensor]) -> dict[str, tuple[type, object, str
         if name not in type_of or parameter.default is parameter.empty or name not in help_of:
             raise ValueError(f"{loss.__name__}: keyword argument {name!r} needs a type, a default and a line '{name}: help' under 'Args:'")
         flags[name] = (type_of[name], parameter.default, help_of[name])
+    if "beta" not in flags:
+        raise ValueError(f"{loss.__name__}: needs the keyword argument beta, by which implicit rewards are measured")
     return flags

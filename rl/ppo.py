@@ -80,6 +80,11 @@ def check_ppo_flags(flags: PpoFlags) -> None:
         raise UsageError(f"--gae-lambda {flags.gae_lambda}, --discount {flags.discount}: both must lie within 0 and 1")
     if flags.kl_coef < 0:
         raise UsageError(f"--kl-coef {flags.kl_coef}: negative, which would reward leaving the reference")
+    for name in ("entropy_coef", "end_penalty"):
+        if getattr(flags, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
+    if flags.kl_target is None and flags.kl_horizon != PpoFlags.kl_horizon:
+        raise UsageError(f"--kl-horizon {flags.kl_horizon}: is read with --kl-target alone; give that, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ def summary(rollout: Rollout, world: World) -> dict[str, float]:
     }
     totals = world.total([rows, tokens, *(float(value) for value in columns.values())])
     out = {name: float(total) / totals[0] for name, total in zip(columns, totals[2:], strict=True)}
-    return out | {"kl_ref_tok": float(totals[4]) / totals[1]}
+    return out | {"kl_ref_tok": out["kl_ref_seq"] * totals[0] / totals[1]}
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world: World) -> float:
@@ -343,7 +348,8 @@ def train_ppo(
 
 def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_weights: bool, world: World, saving: Saving) -> None:
     """Raises NumericalError where a number is not finite, or where there is a KL between a policy and a reference of the same weights."""
-    per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values, rollout.entropy)
+    # Values: before each response token, and after it, where a bootstrap may read.
+    per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values[:, :-1], rollout.values, rollout.entropy)
     good = torch.stack([x.where(m, 0.0).isfinite().all(dim=1) for x in per_token for m in [rollout.response_mask[:, -x.shape[1] :]]]).all(dim=0)
     good &= rollout.scores.isfinite()
     if world.any(not bool(good.all())) or not all(map(math.isfinite, numbers.values())):

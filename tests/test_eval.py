@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from eval import EvalFlags, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
 from model.checkpoint import save_model
 from model.heads import LanguageModel, ScalarModel
-from model.parallel import World
+from model.parallel import World, exit_code
 from model.stage import Text
 from model.transformer import ModelConfig, initialise
 
@@ -253,7 +253,7 @@ def test_snapshots_are_compared_like_models(plain_run, tmp_path):
 
 def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
     def refused(*arguments: str) -> str:
-        assert main(arguments) == 2
+        assert exit_code(main, arguments) == 2
         output = capsys.readouterr()
         assert output.out == "" and "Traceback" not in output.err
         return output.err
@@ -337,9 +337,9 @@ def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(worl
 
 def test_one_answer_from_the_command_line(world_run, capsys):
     command = ["--model", str(world_run / "sft"), "--prompt", "Name three fruits.", "--seed", "3"]
-    assert main(command) == 0
+    assert exit_code(main, command) == 0
     first = capsys.readouterr().out
-    assert main(command) == 0
+    assert exit_code(main, command) == 0
     assert first == capsys.readouterr().out and first.strip()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="unrecognized arguments: --beta 1"):
         main(["--run", str(world_run), "--beta", "1"])

@@ -19,6 +19,7 @@ import data.synthetic
 import eval as evaluation
 from data.batches import encode_pairs
 from data.prepare import load_pairs
+from data.split import read_split
 from data.tokenizer import Tokenizer
 from model import parallel
 from model.checkpoint import load_model
@@ -247,6 +248,38 @@ def test_ppo_ablations(chain, tmp_path, name):
     assert sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
 
 
+def test_sft_can_learn_the_prompt_too(chain, tmp_path):
+    """More tokens to learn: the first loss, of a model that knows nothing, is the mean over others."""
+    run = copy_of(chain, tmp_path / "run", *TRAINED, "split")
+    here("--stage", "sft", "--out", run, "--include-prompt", *BUDGETS["sft"])
+    assert manifest(run / "sft")["flags"]["include_prompt"] and steps(run / "sft")[0]["loss"] != steps(chain / "sft")[0]["loss"]
+
+
+def test_ppo_warns_of_a_reference_that_failed_its_check(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    described = manifest(run / "dpo")
+    described["results"]["healthy"] = False
+    (run / "dpo" / "manifest.json").write_text(json.dumps(described))
+    assert f"warning: ppo: the reference {run / 'dpo'} failed DPO's check" in here("--stage", "ppo", "--out", run, *BUDGETS["ppo"])
+
+
+def test_a_split_by_gaps_that_the_data_states(chain, tmp_path):
+    """The same pairs, each with a gap of its own that has nothing to do with the reward model's."""
+    run = copy_of(chain, tmp_path / "run", "split", "dpo", "ppo")
+    message = here("--stage", "split", "--out", run, "--gaps", "given", expect=3)
+    assert 'has no "gap"' in message and not (run / "split").exists()
+    rows = [json.loads(line) for line in (run / "data" / "train.jsonl").read_text().splitlines()]
+    prompts = sorted({row["prompt"] for row in rows})
+    gap_of = {row["id"]: 1.0 + prompts.index(row["prompt"]) for row in rows}
+    runs.write_rows(run / "data" / "train.jsonl", [row | {"gap": gap_of[row["id"]]} for row in rows])
+    described = manifest(run / "data")
+    described["files"]["train.jsonl"] = sha256(run / "data" / "train.jsonl")
+    (run / "data" / "manifest.json").write_text(json.dumps(described))
+    here("--stage", "split", "--out", run, "--gaps", "given")
+    made = read_split(run / "split")
+    assert min(gap_of[row] for row in made["easy"]) >= max(gap_of[row] for row in made["difficult"]) and not made["dropped"]
+
+
 def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
     """All pairs with sharp labels of the reward model's own: the first loss is ln 2, and the rm is among what the model was made from."""
     run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
@@ -376,6 +409,15 @@ REFUSED = [
     ("--stage ppo --discount 1.1", "--discount 1.1"),
     ("--stage ppo --value-coef -1", "--value-coef -1"),
     ("--stage ppo --temperature 0", "--temperature 0"),
+    ("--stage ppo --entropy-coef -1", "--entropy-coef -1"),
+    ("--stage mpo --ppo-end-penalty -3", "--ppo-end-penalty -3"),
+    ("--stage ppo --kl-horizon 5", "--kl-target"),
+    ("--stage ppo --part all --prompts jsonl:prompts.jsonl", "--part all"),
+    ("--stage dpo --beta 0", "--beta 0"),
+    ("--stage mpo --dpo-loss ipo --dpo-beta -1", "--dpo-beta -1"),
+    ("--stage mpo --test-share 0.2", "--test-share 0.2"),
+    ("--stage tokenizer --data hh:rows.jsonl --pairs 100", "--pairs 100"),
+    ("--stage mpo --data jsonl:rows.jsonl --flip-rate 0.1", "--flip-rate 0.1"),
     ("--stage split --rule threshold", "--threshold"),
     ("--stage mpo --split-quantile 1.5", "--split-quantile 1.5"),
     ("--stage split --threshold 1", "--rule"),

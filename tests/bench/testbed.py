@@ -3,8 +3,9 @@
     python tests/bench/testbed.py --run runs/mpo [--prompts 100] [--draws 64]
 
 The best of n samples of SFT is at most log n - (n - 1) / n nats from SFT, and nearly the best policy at that distance: so the table says
-how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model. Below it: how often labels agree with the truth, how gaps are spread, and the kinds of prompts in
-the easy half and in all.
+how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model; --draws 0 leaves it out. Below it: how
+often labels and reward model agree with the truth on test pairs, how gaps are spread, and the kinds of prompts in the easy half, in all
+training pairs and in the test part.
 """
 
 import argparse
@@ -19,15 +20,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from data import synthetic  # noqa: E402
-from data.batches import encode_prompt, stable_hash  # noqa: E402
+from data.batches import encode_pairs, encode_prompt, stable_hash  # noqa: E402
 from data.files import read_json  # noqa: E402
 from data.prepare import load_pairs  # noqa: E402
-from data.report import format_interval, markdown_table, mean_interval  # noqa: E402
+from data.report import format_interval, markdown_table, mean_interval, wilson_interval  # noqa: E402
 from data.split import read_split  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model.checkpoint import load_model  # noqa: E402
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.heads import LanguageModel, ScalarModel  # noqa: E402
+from model.parallel import ALONE  # noqa: E402
+from model.score import reward_scores_of_pairs  # noqa: E402
 
 
 def sampled_rewards(name: str, run: Path, prompts: list[str], style: str, draws: int, limits: dict) -> tuple[np.ndarray, np.ndarray, float]:
@@ -54,6 +57,30 @@ def main() -> None:
     flags = parser.parse_args()
     described = read_json(flags.run / "data" / "manifest.json")["flags"]
     name, test = described["data"], load_pairs(flags.run / "data", "test")
+    if flags.draws:
+        print_best_of_n(flags, name, test, described)
+    gaps = np.array([synthetic.true_reward(name, p.prompt, p.chosen) - synthetic.true_reward(name, p.prompt, p.rejected) for p in test])
+    tokenizer = Tokenizer(flags.run / "tokenizer" / "tokenizer.model")
+    rows, _ = encode_pairs(test, tokenizer, described["max_prompt"], described["max_response"])
+    with torch.no_grad():
+        chosen, rejected = reward_scores_of_pairs(load_model(flags.run / "rm", ScalarModel), rows, tokenizer.pad_id, ALONE).T
+    gap_of = dict(zip([pair.id for pair in test], gaps, strict=True))
+    truth = np.array([gap_of[row.id] for row in rows])
+    told = truth != 0
+    right = {"labels": truth[told] > 0, "reward model": (chosen - rejected)[told] * truth[told] > 0}
+    for who, hits in right.items():
+        low, high = wilson_interval(hits.sum(), told.sum())
+        print(f"{who}: {hits.mean():.3f} [{low:.3f}, {high:.3f}] of the true orders of {told.sum()} test pairs")
+    print(f"true gaps below 1: {np.mean(abs(gaps) < 1):.2f}\n")
+    pairs, easy = load_pairs(flags.run / "data", "train"), set(read_split(flags.run / "split")["easy"])
+    parts = {"all": pairs, "easy": [pair for pair in pairs if pair.id in easy], "test": test}
+    shares = {part: Counter(synthetic.kind(name, p.prompt) for p in chosen) for part, chosen in parts.items()}
+    rows = [(kind, *(f"{found[kind] / found.total():.2f}" for found in shares.values())) for kind in sorted(shares["all"])]
+    print(markdown_table(["kind", "all pairs", "easy", "test"], rows))
+
+
+def print_best_of_n(flags: argparse.Namespace, name: str, test: list, described: dict) -> None:
+    """The table of the best of n, picked by the true reward and by the reward model."""
     prompts, style = [pair.prompt for pair in test[: flags.prompts]], test[0].style
     with torch.no_grad():
         rewards, scores, well_formed = sampled_rewards(name, flags.run, prompts, style, flags.draws, described)
@@ -71,13 +98,6 @@ def main() -> None:
     rows.append(("best response", "-", format_interval(*mean_interval(best)), "1.00", "-", "-"))
     print(f"**{name}**, SFT of {flags.run}, {len(prompts)} test prompts, {flags.draws} samples each; well-formed {well_formed:.3f}\n")
     print(markdown_table(["", "KL to SFT, nats, at most", "true reward", "way to best", "picked by the reward model", "way to best"], rows))
-
-    gaps = np.array([synthetic.true_reward(name, p.prompt, p.chosen) - synthetic.true_reward(name, p.prompt, p.rejected) for p in test])
-    print(f"\nlabels agree with the truth on {np.mean(gaps[gaps != 0] > 0):.3f} of the test pairs; true gaps below 1: {np.mean(abs(gaps) < 1):.2f}")
-    pairs, easy = load_pairs(flags.run / "data", "train"), set(read_split(flags.run / "split")["easy"])
-    kinds = {part: Counter(synthetic.kind(name, p.prompt) for p in pairs if part == "all" or p.id in easy) for part in ("all", "easy")}
-    shares = {part: {kind: count / sum(found.values()) for kind, count in found.items()} for part, found in kinds.items()}
-    print(markdown_table(["kind", "all pairs", "easy"], [(kind, f"{shares['all'][kind]:.2f}", f"{shares['easy'].get(kind, 0):.2f}") for kind in sorted(shares["all"])]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from data.errors import UsageError
-from data.flags import add_flags, flag, take_flags
+from data.flags import Parser, add_flags, flag, take_flags
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_flag(words, capsys
     with pytest.raises(SystemExit) as stopped:
         parse(*words)
     assert stopped.value.code == 2 and f"argument {words[0]}: " in capsys.readouterr().err
+
+
+def test_the_programs_parser_says_it_in_one_line():
+    parser = Parser(prog="train.py")
+    add_flags(parser, Flags)
+    with pytest.raises(UsageError, match=r"^unrecognized arguments: --dpo-lr 1; see --help. A stage alone takes its flags by their own names"):
+        parser.parse_args(["--dpo-lr", "1"])
+    with pytest.raises(UsageError, match="^argument --steps: .*; see --help$"):
+        parser.parse_args(["--steps", "ten"])
 
 
 def test_booleans_have_two_forms():
