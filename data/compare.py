@@ -52,16 +52,25 @@ def over_seeds(lines: Sequence[dict], value: Callable[[dict], float | None]) -> 
     return None if None in values else format_interval(*t_interval(values), digits=0 if all(isinstance(value, int) for value in values) else 2)
 
 
-def at_kl(line: dict, kl: float, key: str) -> float | None:
-    """A row's number at that KL to SFT, on the straight line between its nearest points; SFT itself is the point at 0."""
-    points = sorted([(0.0, line["marks"]["sft"].get(key)), *((point["kl_sft"], point.get(key)) for point in line["points"].values())])
+def passed(lines: Sequence[dict], line: dict) -> list[dict]:
+    """The weights that a row started from, and those that they started from: points on its way from SFT. None for a row that began as SFT."""
+    row = ROWS.get(line["row"])
+    start = row and row.start and "--ppo-init" not in row.flags and of_row(lines, row.start).get(line["seed"])
+    return [*passed(lines, start), start["points"][start["picked"]["best"]]] if start else []
+
+
+def at_kl(line: dict, kl: float, key: str, before: Sequence[dict] = ()) -> float | None:
+    """A row's number at that KL to SFT, on the straight line between its nearest points, those `before` its own among them; SFT itself is the
+    point at 0."""
+    own = [(point["kl_sft"], point.get(key)) for point in (*before, *line["points"].values())]
+    points = sorted([(0.0, line["marks"]["sft"].get(key)), *own])
     return None if any(value is None for _, value in points) else float(np.interp(kl, *zip(*points, strict=True)))
 
 
-def at_equal_kl(a: dict, b: dict, key: str) -> tuple[float, float, float] | None:
-    """The numbers of two lines at the largest KL to SFT that both reach, and that KL."""
+def at_equal_kl(a: dict, b: dict, key: str, lines: Sequence[dict] = ()) -> tuple[float, float, float] | None:
+    """The numbers of two of the lines at the largest KL to SFT that both reach, and that KL."""
     kl = min(max(point["kl_sft"] for point in line["points"].values()) for line in (a, b))
-    values = at_kl(a, kl, key), at_kl(b, kl, key)
+    values = at_kl(a, kl, key, passed(lines, a)), at_kl(b, kl, key, passed(lines, b))
     return None if None in values else (*values, kl)
 
 
@@ -74,7 +83,7 @@ def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward")
         values = [(at(pick, key)(x), at(pick, key)(y)) for x, y in both]
         if both and not any(None in pair for pair in values):
             found[pick] = paired_difference(*zip(*values, strict=True))
-    matched = [at_equal_kl(x, y, key) for x, y in both]
+    matched = [at_equal_kl(x, y, key, lines) for x, y in both]
     if both and None not in matched:
         mine, theirs, kl = zip(*matched, strict=True)
         found |= {"equal_kl": paired_difference(mine, theirs), "kl": float(np.mean(kl))}
@@ -121,8 +130,8 @@ def compared(lines: Sequence[dict]) -> str:
 def differences_text(lines: Sequence[dict], key: str) -> str:
     """The claims' comparisons that these lines allow. Noise in them is that of seeds; the words read the interval at equal KL."""
     parts = [
-        f"Differences of {COLUMNS[key]}, paired by seed. Equal KL: both rows on the straight lines between their kept weights, at the largest KL to"
-        f" SFT that both reach. The last column reads that interval; smaller than {MATTERS:g} does not matter.\n"
+        f"Differences of {COLUMNS[key]}, paired by seed. Equal KL: both rows on the straight lines between their kept weights (and those that they"
+        f" started from), at the largest KL to SFT that both reach. The last column reads that interval; smaller than {MATTERS:g} does not matter.\n"
     ]
     for claim, pairs in CLAIMS.items():
         rows = []

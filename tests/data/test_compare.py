@@ -8,7 +8,7 @@ import pytest
 
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
-from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, differences, names_of, over_seeds, verdict
+from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, differences, names_of, over_seeds, passed, verdict
 
 
 def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
@@ -48,6 +48,16 @@ def test_rows_are_compared_at_a_kl_that_both_reach():
     assert at_kl(short, 0.3, "true_reward") == pytest.approx(1.5)
     mine, theirs, kl = at_equal_kl(line("mpo", 1, (1.0, 2.0, 1.5)), short, "true_reward")
     assert (mine, theirs, kl) == pytest.approx((1.6, 2.0, 0.8))  # 1 + 0.6, of the way from 0.5 to 1
+
+
+def test_a_row_has_been_where_it_started_from():
+    """MPO's first weights are at a KL of 0.5; before, it was DPO at 0.3 with 1.2."""
+    dpo, mpo = line("dpo-easy", 1, (0.5, 1.2, 1.0), kls=(0.2, 0.3, 0.4)), line("mpo", 1, (1.6, 2.0, 1.5))
+    lines = [dpo, mpo]
+    assert passed(lines, mpo) == [dpo["points"]["dpo"]] and passed(lines, dpo) == [] and passed([mpo], mpo) == []
+    assert at_kl(mpo, 0.4, "true_reward", passed(lines, mpo)) == pytest.approx(1.4)  # half way from 1.2 to 1.6
+    assert differences(lines, "mpo", "dpo-easy")["equal_kl"][0] == pytest.approx(1.4 - 1.0)
+    assert passed([line("dpo-easy", 1, (1, 1, 1)), mpo], line("mpo-sft-start", 1, (1, 1, 1))) == []
 
 
 def test_verdicts():
