@@ -118,7 +118,7 @@ def fit(
     """
     saving = saving or Saving()
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
-    steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
+    steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage, [row.length for row in rows]))
     every = math.ceil(len(steps) / flags.validations)
     began = time.perf_counter()
 
