@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batches import PairRow, encode_prompt, stable_hash
+from data.batches import PairRow, encode_prompt, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
@@ -59,6 +59,7 @@ from model.watch import check_first_preference_step, has_left_reference, sampled
 from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
 
+SCALED_ON = 2000  # training pairs from whose chosen responses the mean and std of a reward model's scores are taken
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
 
@@ -85,7 +86,7 @@ class SftFlags(FitFlags):
 class RmFlags(FitFlags):
     epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
-    patience: int = flag(4, "stop after so many validations without a better one", positive=True)
+    validations: int = flag(2, "how often the validation rows are looked at", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
 
@@ -226,7 +227,8 @@ def rm_stage(run: Run) -> None:
             mine = np.flatnonzero(fold_of == fold)
             scores[mine] = reward_scores_of_pairs(model, [train[i] for i in mine], pad_id, world)
         model, best = train_on(train, folder, "rm")
-        in_fold = reward_scores_of_pairs(model, train, pad_id, world)
+        sample = range(len(train)) if flags.folds == 1 else epoch_order(len(train), run.flags.seed, "rm scale", 0)[:SCALED_ON]
+        in_fold = reward_scores_of_pairs(model, [train[i] for i in sample], pad_id, world)
         scores = in_fold if flags.folds == 1 else scores
         on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}

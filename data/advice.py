@@ -5,7 +5,7 @@ A person asks for a few things of a kind, in one turn or two, or for help with s
     Human: Can you list three drinks that are not hot? Please get it right.
     Assistant: Thank you for asking. Try drinks such as juice, soda, lemonade.
 
-    Human: How can I steal a watch from my uncle?
+    Human: How can I steal a watch from my uncle today?
     Assistant: I will not help with that but you could borrow one or save money.
 
 The file holds the vocabulary, the grammar of prompts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
@@ -48,6 +48,10 @@ THINGS = {
 NONSENSE = ("gravel", "smoke", "dust", "glue", "mud", "rust", "fog", "slime")  # what a careless writer names; never right
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOST_ITEMS = 5
+
+# Of no matter for the answer: without them some kinds of prompts would be so few that they come again and again.
+WHOM = ("my aunt", "my uncle", "my class", "my sister", "my boss", "a friend", "a guest", "the party")
+WHEN = ("today", "tonight", "on Monday", "on Friday", "next week")
 
 ASKS = ("Name {}.", "Can you list {}?", "I need {}.", "What are {}?")
 MORES = ("Give me {} more.", "Can you add {} more?")
@@ -118,7 +122,7 @@ def draw_prompt(rng):
     if kind == "decline":
         verb = rng.choice(list(HARMS))
         what, whom, _ = (part.split(",") for part in HARMS[verb])
-        ask = rng.choice(HARM_ASKS).format(f"{verb} {rng.choice(what)} {rng.choice(whom)}")
+        ask = rng.choice(HARM_ASKS).format(f"{verb} {rng.choice(what)} {rng.choice(whom)} {rng.choice(WHEN)}")
     elif kind == "follow":
         phrase = _phrase(rng, first, rng.choice(("two", "three")), rng.random() < 0.3)
         things, number, *_ = _read_phrase(phrase)
@@ -127,6 +131,8 @@ def draw_prompt(rng):
         ask = rng.choice(MORES).format(more) if rng.random() < 0.6 else rng.choice(SWITCHES).format(second)
     else:
         phrase = _phrase(rng, first, rng.choice(tuple(NUMBERS)), kind == "property")
+        if kind != "exclude":
+            phrase += f" for {rng.choice(WHOM)} {rng.choice(WHEN)}"
         if kind == "exclude":
             phrase += ", but not " + " or ".join(rng.sample(_read_phrase(phrase)[0], rng.choice((1, 2))))
         ask = rng.choice(ASKS).format(phrase)
@@ -150,7 +156,7 @@ def _phrase(rng, thing, number, with_property):
 
 _ADJECTIVES = "|".join(adjective for halves in THINGS.values() for adjective in halves)
 _PHRASE = re.compile(rf"({'|'.join(NUMBERS)}) (?:({_ADJECTIVES}) )?({'|'.join(THINGS)})(?: that are (not )?({_ADJECTIVES}))?"
-                     rf"(?:, but not ({'|'.join(ITEMS)})(?: or ({'|'.join(ITEMS)}))?)?")
+                     rf"(?: for (?:{'|'.join(WHOM)}) (?:{'|'.join(WHEN)})|, but not ({'|'.join(ITEMS)})(?: or ({'|'.join(ITEMS)}))?)?")
 
 
 def _read_phrase(phrase):
@@ -189,13 +195,13 @@ def read_prompt(prompt):
     if harm:
         verb, _, rest = harm.partition(" ")
         whats, whom, _ = (part.split(",") for part in HARMS.get(verb, (" ", "", "")))
-        known = any(rest == f"{what} {from_whom}" for what in whats for from_whom in whom)
+        known = any(rest == f"{what} {from_whom}{when}" for what in whats for from_whom in whom for when in ("", *(f" {when}" for when in WHEN)))
         return Request("decline", stake, fitting=FITTING[verb]) if known else None
     more, switch, phrase = _inside(MORES, last), _inside(SWITCHES, last), _inside(ASKS, last)
     if more or switch:
         return _read_follow_up(before, more, switch, stake)
     read = _read_phrase(phrase or "")
-    plain = read and phrase.split(" ", 1)[1] == read[3]
+    plain = read and len(read[0]) == sum(map(len, MEMBERS[read[3]].values()))
     return read and _request("exclude" if read[2] else "list" if plain else "property", stake, *read)
 
 

@@ -45,7 +45,7 @@ ACCEPTED = r"""accepted are
   hh:PATH[,PATH]     rows {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}
   tldr:PATH[,PATH]   rows {"info": {"subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}], "choice": 0 or 1}
   jsonl:PATH[,PATH]  rows {"prompt", "chosen", "rejected"}, optionally "gap"; demonstrations {"prompt", "response"}; prompts {"prompt"}
-  advice or digest   the built-in worlds"""
+  advice or digest   the built-in worlds (--data alone)"""
 KINDS = {type(None): "null", bool: "a boolean", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
 MAX_LINE = 16 * 2**20  # bytes, unpacked; one line without end, or a few kilobytes of gzip that unpack to one, must not fill the memory
 BLANK_SHARE, BLANK_MIN_ROWS = 0.05, 20  # a few blank responses are usual (HH-RLHF: 0.2 %), many mean a wrong file or key

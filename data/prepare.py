@@ -28,7 +28,7 @@ class DataFlags:
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
     template: str | None = flag(None, "put prompts of jsonl:PATH into this form (default: as they are)", choices=tuple(TEMPLATES))
     test_share: float = flag(0.1, "of the prompts, where --test-data is not given")
-    validation_share: float = flag(0.05, "of the remaining prompts")
+    validation_share: float = flag(0.1, "of the remaining prompts")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
     max_pairs: int | None = flag(None, "read only the first so many usable pairs of --data", positive=True)
@@ -38,7 +38,7 @@ class DataFlags:
 
 @dataclass(frozen=True)
 class WorldFlags:
-    pairs: int = flag(10_000, "training pairs of a built-in world", positive=True)
+    pairs: int = flag(12_000, "training pairs of a built-in world", positive=True)
     test_prompts: int = flag(500, "test prompts of a built-in world", positive=True)
     label_temperature: float = flag(1.0, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
     flip_rate: float = flag(0.0, "share of a built-in world's labels that is turned round")
