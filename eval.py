@@ -23,7 +23,9 @@ the one place where a world's true reward meets a model.
 import argparse
 import dataclasses
 import functools
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ class EvalFlags:
     greedy: bool = flag(False, "answer with the likeliest token, in place of sampling")
     temperature: float = flag(1.0, "of sampled answers", positive=True)
     seed: int = flag(0, "of sampled answers")
+    best_of: str | None = flag(None, "also the best of so many of SFT's answers, as DIR/rm picks them; several numbers with commas between")
     reward_model: str | None = flag(None, "folder of the reward model that judges (default: DIR/rm)")
     batch: int = flag(128, "prompts answered at a time; changes memory and speed", positive=True)
 
@@ -125,11 +128,14 @@ class Setting:
         ids = [encode_response(text, self.text.tokenizer, self.text.max_response)[0] for text in texts]
         return Answers([Row("", question.ids, response) for question, response in zip(questions, ids, strict=True)], list(texts))
 
-    def answer(self, model: LanguageModel, questions: Sequence[Question], title: str, *, greedy: bool, temperature: float) -> Answers:
-        """The model's answers; the random numbers of each are a function of the seed and of its prompt."""
+    def answer(
+        self, model: LanguageModel, questions: Sequence[Question], title: str, *, greedy: bool, temperature: float, draw: int = 0
+    ) -> Answers:
+        """The model's answers; the random numbers of each are a function of the seed, of its prompt, and of which draw this is."""
         tokenizer, most = self.text.tokenizer, self.text.max_response
         order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))  # little of a batch is padding
         rows: list[Row | None] = [None] * len(questions)
+        seed = stable_hash(self.flags.seed, "eval", *([draw] if draw else []))
         starts = range(0, len(order), self.flags.batch)
         for begin in tqdm(starts, desc=f"{title}: answers", leave=False, mininterval=1.0, disable=len(starts) < 2):
             part = order[begin : begin + self.flags.batch]
@@ -138,7 +144,7 @@ class Setting:
             with self.world.autocast():
                 tokens, mask, _ = generate(
                     model, prompts, max_new_tokens=most, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, temperature=temperature,
-                    uniforms=None if greedy else row_uniforms(stable_hash(self.flags.seed, "eval"), keys, most),
+                    uniforms=None if greedy else row_uniforms(seed, keys, most),
                 )  # fmt: skip
             for index, prompt, ids, inside in zip(part, prompts, tokens.cpu(), mask.cpu(), strict=True):
                 rows[index] = Row("", prompt, tuple(ids[inside].tolist()))
@@ -215,6 +221,9 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     if world_name:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
     found, distances = model_answers(folder, names, questions, setting)
+    if flags.best_of:
+        found |= best_of(folder, found["sft"], questions, setting)
+        distances |= {f"best-of-{n}": {"kl_sft": certain(math.log(n) - (n - 1) / n, len(questions))} for n in numbers_of(flags.best_of)}
     answers = judge(answers | found, questions, reward_model, setting)
     if judge_out:
         return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
@@ -321,6 +330,36 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
         far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
         distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
+
+
+def numbers_of(best_of: str) -> list[int]:
+    """The numbers of --best-of, smallest first; raises UsageError for others than 2 and more."""
+    if not re.fullmatch(r"\d+(,\d+)*", best_of) or min(map(int, best_of.split(","))) < 2:
+        raise UsageError(f"--best-of {best_of}: give whole numbers of at least 2, with commas between")
+    return sorted(set(map(int, best_of.split(","))))
+
+
+def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting: Setting) -> dict[str, Answers]:
+    """Name -> of n of SFT's answers to each prompt, the one that the run's own reward model, which PPO trains against, scores highest.
+
+    Its KL to SFT is at most log n - (n - 1) / n, and about that (Beirami et al., arXiv 2401.01879)."""
+    model, picker, flags = setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel), setting.flags
+    picked, scores, found = first, None, {}
+    for draw in range(numbers_of(flags.best_of)[-1]):
+        drawn = first if draw == 0 else setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=flags.temperature, draw=draw)
+        raw = reward_scores(picker, drawn.rows, setting.text.tokenizer.pad_id, setting.world)
+        better = np.full(len(questions), True) if scores is None else raw > scores
+        scores = raw if scores is None else np.where(better, raw, scores)
+        picked = Answers(*([new if take else old for new, old, take in zip(*two, better, strict=True)]
+                           for two in ((drawn.rows, picked.rows), (drawn.texts, picked.texts))))  # fmt: skip
+        if draw + 1 in numbers_of(flags.best_of):
+            found[f"best-of-{draw + 1}"] = picked
+    return found
+
+
+def certain(value: float, n: int) -> dict:
+    """A number that is known and not estimated, in the form of a mean."""
+    return {"n": n, "mean": value, "interval": [value, value]}
 
 
 def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> dict[str, dict]:
@@ -439,7 +478,11 @@ def check_flags(given: dict) -> None:
         raise UsageError("--judge-in: needs --run alone; the pairs were made when --judge-out wrote them")
     if "judge_out" in given and "models" not in given:
         raise UsageError("--judge-out: say with --models whose answers are judged: two models, or one, against the data's chosen responses")
-    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
+    if "best_of" in given:
+        numbers_of(given["best_of"])
+        for name in sorted({"greedy", "temperature", "judge_out"} & set(given)):
+            raise UsageError(f"--{name.replace('_', '-')}: the answers of --best-of are sampled at temperature 1 and judged here; leave one of the two out")
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"best_of", "models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
     if mode == "--model" and "prompt" not in given:

@@ -1,6 +1,7 @@
 """The ablation grid as data: named rows, each a set of flags that differ from the defaults and the row whose model it starts from.
 
-A row without a start and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the
+A row with --best-of trains nothing: it is SFT's answers, the best of so many as the reward model picks them. Another row without a start
+and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the
 row that it starts from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model. A row has
 its starting row's flags of data, tokenizer, SFT and reward model. data/grid.py runs rows, data/compare.py compares them.
 """
@@ -71,6 +72,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-flip-rate": 0.2, "--flip-rate": 0.2}),
     },
+    "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
     "beta": levels("--dpo-beta", (0.05, 0.1, 0.2, 1.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
@@ -119,7 +121,7 @@ def is_ppo(name: str) -> bool:
 def base_flags(name: str) -> dict[str, object]:
     """Those flags of a row, and of the row it starts from, that change data, tokenizer, SFT or reward model: what rows share."""
     row = ROWS[name]
-    own = {flag: value for flag, value in row.flags.items() if not flag.startswith(("--split-", "--dpo-", "--ppo-"))}
+    own = {flag: value for flag, value in row.flags.items() if not flag.startswith(("--split-", "--dpo-", "--ppo-", "--best-of"))}
     return (base_flags(row.start) if row.start else {}) | own
 
 

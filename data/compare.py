@@ -14,6 +14,13 @@ from data.ablations import CLAIMS, MATTERS, ROWS
 from data.report import format_interval, markdown_table, paired_difference, t_interval
 
 PICKS = {"best": "best by own validation", "last": "last", "judge": "best by the judge", "true": "best by true reward"}
+TRIALS = ("dpo-beta-", "dpo-lr-", "ppo-kl-coef-")  # rows that differ from another in one of these flags alone are trials of that row
+COURSE = {
+    "DPO, on validation pairs": {"valid_chosen_logp": "chosen log-probability", "valid_rejected_logp": "rejected log-probability",
+                                 "valid_accuracy": "accuracy of the implicit reward", "valid_kl_ref_seq": "KL to reference"},
+    "PPO, on its own samples": {"explained_variance": "critic's explained variance", "clip_share": "clip share", "entropy": "entropy per token",
+                                "kl_old_tok": "KL old/new per token", "kl_ref_seq": "KL to reference", "ended": "ended"},
+}  # fmt: skip
 COLUMNS = {
     "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
     "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
@@ -119,7 +126,7 @@ def compared(lines: Sequence[dict]) -> str:
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
         f"{COLUMNS[key].capitalize()}, and KL to SFT, at each of the weights that one could pick:\n",
         table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in ((key, COLUMNS[key]), ("kl_sft", "KL"))}),
-        differences_text(lines, key),
+        differences_text(lines, key), trials_text(lines, key), course_text(lines),
     ]  # fmt: skip
     if kinds:
         parts += ["True reward by kind of prompt, best by own validation:\n",
@@ -143,6 +150,50 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
         if rows:
             parts += [f"Claim: {claim}.\n", markdown_table(["", "seeds", *PICKS.values(), "at equal KL", "that KL", "shown"], rows)]
     return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def trials_of(lines: Sequence[dict], name: str) -> dict[str, dict[int, dict]]:
+    """Setting -> seed -> line: a row ("") and those that differ from it in one of TRIALS alone."""
+    split = [(row, *row.partition("@")[::2]) for row in names_of(lines)]
+    return {setting: of_row(lines, row) for row, base, setting in split if base == name and (not setting or setting.startswith(TRIALS))}
+
+
+def tuned(trials: Sequence[dict], by: str, key: str) -> float:
+    """A number at the best of all kept weights of some lines; `by`: what decides on validation prompts, score_raw (the judge's) or true_reward."""
+    return max((line["validation"][point][by], numbers[key]) for line in trials for point, numbers in line["points"].items())[1]
+
+
+def trials_text(lines: Sequence[dict], key: str) -> str:
+    """The claims' comparisons with the best of equally many trials on both sides; "" where no row was tried in more than one setting."""
+    rows = []
+    for a, b in (pair for pairs in CLAIMS.values() for pair in pairs):
+        mine, theirs = trials_of(lines, a), trials_of(lines, b)
+        settings = [setting for setting in mine if setting in theirs]
+        if len(settings) < 2:
+            continue
+        seeds = [seed for seed in mine[settings[0]] if all(seed in found[setting] for found in (mine, theirs) for setting in settings)]
+        cells = []
+        for by in ("score_raw", "true_reward"):
+            both = [[tuned([found[setting][seed] for setting in settings], by, key) for seed in seeds] for found in (mine, theirs)]
+            cells.append(format_interval(*paired_difference(*both)) if seeds else None)
+        rows.append([f"{a} - {b}", len(seeds), len(settings), *cells])
+    header = ["", "seeds", "trials each", "best by the judge", "best by true reward"]
+    return f"Differences of {COLUMNS[key]} with the best of equally many trials:\n\n" + markdown_table(header, rows) if rows else ""
+
+
+def course_text(lines: Sequence[dict]) -> str:
+    """How training went: each number at the beginning, half-way and at the end, as means over seeds."""
+    parts = []
+    for title, columns in COURSE.items():
+        rows = []
+        for name in names_of(lines):
+            found = [[[at[key] for at in line.get("course", ()) if key in at] for key in columns] for line in of_row(lines, name).values()]
+            if all(all(numbers) for numbers in found):
+                means = np.array([[[numbers[0], numbers[len(numbers) // 2], numbers[-1]] for numbers in of_seed] for of_seed in found]).mean(axis=0)
+                rows.append([name, *(", ".join(f"{value:.3g}" for value in of_column) for of_column in means)])
+        if rows:
+            parts += [f"How training went: {title}, at the beginning, half-way, at the end:\n", markdown_table(["", *columns.values()], rows)]
+    return "\n".join(parts)
 
 
 def as_csv(lines: Sequence[dict]) -> str:

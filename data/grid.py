@@ -25,6 +25,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
 from data.errors import CheckpointError, Stop, UsageError
 from data.files import atomic_write, digest, read_json, write_json
@@ -34,8 +36,9 @@ from data.run import MANIFEST, code_version
 from data.synthetic import WORLDS
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ("tokenizer", "sft", "rm", "split")
-TEST_PROMPTS = 2000
+BASE, STAGES = ("tokenizer", "sft", "rm", "split"), ("dpo", "ppo")
+TEST_PROMPTS, VALIDATION_PROMPTS = 2000, 500
+COURSE = ("chosen_logp", "rejected_logp", "accuracy", "kl_ref_seq", "explained_variance", "clip_share", "entropy", "kl_old_tok", "ended")
 JUDGE_SEED = 100_000  # added to a seed for the judge's pairs: far from every seed that anyone types
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
@@ -253,41 +256,59 @@ def make_row(grid: Grid, name: str, seed: int) -> None:
         from_start = {} if "--ppo-init" in row.flags else {"--ppo-init": "start"}
         flags = from_start | ({} if "--ppo-ref" in row.flags else {"--ppo-ref": "start"}) | flags
     if not (folder / "time.json").exists():
-        stage(folder, last_stage(name), seed, flags, cwd=folder)
+        if last_stage(name) in STAGES:
+            stage(folder, last_stage(name), seed, flags, cwd=folder)
         write_json(folder / "time.json", time.perf_counter() - began)
 
 
 def last_stage(name: str) -> str:
-    return "ppo" if is_ppo(name) else "dpo"
+    """What a row's points are named by: its stage, or best-of."""
+    return "best-of" if "--best-of" in ROWS[name].flags else "ppo" if is_ppo(name) else "dpo"
 
 
 def measured(grid: Grid, name: str, seed: int) -> dict:
-    """A finished row's line: what eval.py says of its best, its last and all other kept weights, and what they cost."""
+    """A finished row's line: what eval.py says of its best, its last and all other kept weights, how training went, and what they cost."""
     folder, base, last = row_folder(grid, name, seed), base_folder(grid, name, seed), last_stage(name)
     began = time.perf_counter()
-    asked = ["--run", ".", "--models", f"sft,{last},{last}/snapshot-*", "--seed", seed]
+    models = ["--models", f"sft,{last},{last}/snapshot-*"] if last in STAGES else ["--models", "sft", "--best-of", ROWS[name].flags["--best-of"]]
+    asked = ["--run", ".", *models, "--seed", seed]
     asked += [word for flag in ("--device", "--dtype") if flag in grid.common for word in (flag, grid.common[flag])]
-    asked += ["--quick"] if grid.common.get("--quick") else ["--prompts", TEST_PROMPTS]
+    quick = ["--quick"] if grid.common.get("--quick") else None
     judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
-    program(folder, folder / "log.txt", "eval.py", *asked, "--part", "validation", *judge)
+    program(folder, folder / "log.txt", "eval.py", *asked, *(quick or ["--prompts", VALIDATION_PROMPTS]), "--part", "validation", *judge)
     validation = read_json(folder / "eval" / "report.json")
-    program(folder, folder / "log.txt", "eval.py", *asked)
+    program(folder, folder / "log.txt", "eval.py", *asked, *(quick or ["--prompts", TEST_PROMPTS]))
     test = read_json(folder / "eval" / "report.json")
     points = {point: plain(test["rows"][point]) | cost(grid, name, seed, point) for point in test["rows"] if point.startswith(last)}
-    picked = {"best": last, "last": max(point for point in points if "/" in point)} if len(points) > 1 else {"best": last, "last": last}
+    kept = [point for point in points if point != last] or [last]  # in the order of training, or of n
+    picked = {"best": last if last in points else kept[-1], "last": kept[-1]}
     for by, what in (("judge", "score_raw"), ("true", "true_reward")):
         if validation["world"] or by == "judge" and grid.judge_data:
             picked[by] = max(points, key=lambda point: validation["rows"][point][what]["mean"])
-    results = read_json(folder / last / MANIFEST)["results"]
+    results = read_json(folder / last / MANIFEST)["results"] if last in STAGES else {}
     return {
         "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
         "setting": {flag: content(value) for flag, value in grid.common.items()},
         "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
         "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},
-        "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "points": points, "picked": picked,
+        "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "course": course(folder / last / "metrics.jsonl"),
+        "points": points, "picked": picked,
         "validation": {point: {key: value for key, value in plain(validation["rows"][point]).items() if key in ("score_raw", "true_reward")} for point in points},
         "time": {"shared": read_json(base / "time.json"), "train": read_json(folder / "time.json"), "eval": time.perf_counter() - began},
     }  # fmt: skip
+
+
+def course(path: Path) -> list[dict[str, float]]:
+    """How training went, from one validation to the next: what each found, and the means of the steps before it; [] where there was none."""
+    stretches, steps = [], []
+    for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        if any(name.startswith("valid_") for name in line):
+            found = {name: float(np.mean([step[name] for step in steps])) for name in COURSE if steps and name in steps[0]}
+            stretches.append({"step": line["step"]} | found | {f"valid_{name}": line[f"valid_{name}"] for name in COURSE if f"valid_{name}" in line})
+            steps = []
+        else:
+            steps.append(line)
+    return stretches
 
 
 def plain(numbers: dict) -> dict:
@@ -297,6 +318,8 @@ def plain(numbers: dict) -> dict:
 
 def cost(grid: Grid, name: str, seed: int, point: str) -> dict[str, int]:
     """Pairs seen by DPO and responses sampled by PPO until this point, those of the rows that it starts from included."""
+    if last_stage(name) not in STAGES:
+        return {"dpo_pairs": 0, "online_samples": 0}
     made = read_json(row_folder(grid, name, seed) / last_stage(name) / MANIFEST)
     steps = int(point.rpartition("-")[2]) if "/" in point else made["results"]["step"] + 1
     start = ROWS[name].start

@@ -1,6 +1,7 @@
 """`train.py --stage ablations` on tiny budgets: what is shared, what a line says, going on after a stop, and rows that fail."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from data.ablations import Row
 from data.errors import UsageError
 from train import build_parser
 
-ROWS = ("dpo-easy", "mpo")
+ROWS = ("dpo-easy", "best-of-n", "mpo")
 
 
 def lines(path):
@@ -24,15 +25,20 @@ def timeless(line):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, output) of a grid of two rows, one of which starts from the other."""
+    """(folder, output) of a grid of two rows, one of which starts from the other, and one without training."""
     folder = tmp_path_factory.mktemp("grid") / "grid"
-    return folder, command("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, *WORLD, *TINY)
+    return folder, command("--stage", "ablations", "--out", folder, "--only", "mpo,best-of-n", "--seeds", 1, *WORLD, *TINY)
 
 
 def test_a_line_per_row_with_all_that_is_reported(made):
     folder, _ = made
     found = {line["row"]: line for line in lines(folder / "rows.jsonl")}
     assert tuple(found) == ROWS
+    best_of = found.pop("best-of-n")
+    assert [point["kl_sft"] for point in best_of["points"].values()] == pytest.approx([math.log(n) - (n - 1) / n for n in (2, 4, 8, 16)])
+    scores = [best_of["marks"]["sft"]["score_raw"], *(point["score_raw"] for point in best_of["points"].values())]
+    assert scores == sorted(scores) and scores[0] < scores[-1]  # of more answers the best is better
+    assert best_of["picked"]["best"] == best_of["picked"]["last"] == "best-of-16" and best_of["course"] == []
     for name, line in found.items():
         stage = "ppo" if name == "mpo" else "dpo"
         assert line["picked"]["best"] == stage and line["picked"]["last"] == max(line["points"])
@@ -40,6 +46,7 @@ def test_a_line_per_row_with_all_that_is_reported(made):
         for point in line["points"].values():
             assert {"true_reward", "score_raw", "wins_against_chosen", "wins_against_sft", "kl_sft", "kl_ref", "well_formed", "chosen_shift",
                     "true_reward_by_kind", "tokens", "ended", "online_samples", "dpo_pairs"} <= set(point)  # fmt: skip
+        assert line["course"][0]["step"] == -1 and "valid_kl_ref_seq" in line["course"][-1]
         assert {"sft", "chosen", "best"} == set(line["marks"]) and line["prompts"] == 20
         assert str(folder) not in json.dumps(line)  # a line means the same on any machine
     last = found["mpo"]["points"][found["mpo"]["picked"]["last"]]
@@ -49,7 +56,7 @@ def test_a_line_per_row_with_all_that_is_reported(made):
 
 def test_rows_share_all_stages_but_their_own(made):
     folder, _ = made
-    base, dpo, mpo = (next((folder / "runs").glob(f"{name}-1-*")) for name in ("base", *ROWS))
+    base, dpo, mpo = (next((folder / "runs").glob(f"{name}-1-*")) for name in ("base", "dpo-easy", "mpo"))
     assert {path.name for path in dpo.iterdir() if path.is_symlink()} == {"data", "tokenizer", "sft", "rm", "split", "cache"}
     assert (mpo / "start").resolve() == (dpo / "dpo").resolve() and (mpo / "sft").resolve() == (base / "sft").resolve()
     parents = json.loads((mpo / "ppo" / "manifest.json").read_text())["parents"]
@@ -64,12 +71,12 @@ def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
     """Killed within the second row's PPO, and gone on with other --jobs."""
     folder = shutil.copytree(made[0], tmp_path / "grid", symlinks=True)
     before = lines(folder / "rows.jsonl")
-    (folder / "rows.jsonl").write_text(json.dumps(before[0]) + "\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[:2]))
     killed = next((folder / "runs").glob("mpo-1-*"))
     for gone in (killed / "ppo" / "manifest.json", killed / "time.json"):
         gone.unlink()
-    output = command("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, "--jobs", 2, *WORLD, *TINY)
-    assert "2 rows, 1 of them finished already" in output
+    output = command("--stage", "ablations", "--out", folder, "--only", "mpo,best-of-n", "--seeds", 1, "--jobs", 2, *WORLD, *TINY)
+    assert "3 rows, 2 of them finished already" in output
     assert "mpo, seed 1: started" in output and "dpo-easy, seed 1: started" not in output and "what rows share" not in output
     after = lines(folder / "rows.jsonl")
     assert list(map(timeless, after)) == list(map(timeless, before))

@@ -8,7 +8,7 @@ import pytest
 
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
-from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, differences, names_of, over_seeds, passed, verdict
+from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, course_text, differences, names_of, over_seeds, passed, trials_text, verdict
 
 
 def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
@@ -58,6 +58,38 @@ def test_a_row_has_been_where_it_started_from():
     assert at_kl(mpo, 0.4, "true_reward", passed(lines, mpo)) == pytest.approx(1.4)  # half way from 1.2 to 1.6
     assert differences(lines, "mpo", "dpo-easy")["equal_kl"][0] == pytest.approx(1.4 - 1.0)
     assert passed([line("dpo-easy", 1, (1, 1, 1)), mpo], line("mpo-sft-start", 1, (1, 1, 1))) == []
+
+
+def judged(found, scores):
+    """The line with what the judge says of its three snapshots on validation prompts; by true reward the first is best there."""
+    points = [point for point in found["points"] if "/" in point]
+    return found | {"validation": {
+        point: {"score_raw": score, "true_reward": -index} for index, (point, score) in enumerate(zip(points, scores, strict=True))
+    } | {points[0].split("/")[0]: {"score_raw": scores[1], "true_reward": -1}}}  # fmt: skip
+
+
+def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
+    lines = [
+        judged(line("mpo", 1, (1.0, 2.0, 1.5)), (0.1, 0.2, 0.3)), judged(line("mpo@ppo-kl-coef-0.2", 1, (3.0, 4.0, 5.0)), (0.1, 0.2, 0.9)),
+        judged(line("ppo-all", 1, (0.0, 0.5, 0.0)), (0.1, 0.2, 0.3)), judged(line("ppo-all@ppo-kl-coef-0.2", 1, (0.0, 0.0, 0.2)), (0.1, 0.2, 0.25)),
+        judged(line("mpo@ppo-kl-coef-0.4", 1, (9.0, 9.0, 9.0)), (9, 9, 9)),  # a trial that the other has not had
+        judged(line("mpo@flip-rate-0.2", 1, (9.0, 9.0, 9.0)), (9, 9, 9)),  # other data, no trial
+    ]  # fmt: skip
+    text = trials_text(lines, "true_reward")
+    assert "| mpo - ppo-all | 1 | 2 | 5.00 | 3.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 3 against 0, the first of each
+    assert text.count("\n| mpo") == 1
+    assert trials_text(LINES, "true_reward") == ""
+
+
+def test_the_course_of_training_is_its_beginning_middle_and_end():
+    lines = [
+        line("dpo-easy", seed, (1, 1, 1)) | {"course": [
+            {"step": step, "valid_chosen_logp": -10.0 - step - seed, "valid_rejected_logp": -11.0, "valid_accuracy": 0.5, "valid_kl_ref_seq": step}
+            for step in (0, 1, 2, 4)]}
+        for seed in (1, 3)
+    ]  # fmt: skip
+    text = course_text([*lines, line("mpo", 1, (1, 1, 1))])
+    assert "| dpo-easy | -12, -14, -16 | -11, -11, -11 | 0.5, 0.5, 0.5 | 0, 2, 4 |" in text and "PPO" not in text
 
 
 def test_verdicts():
