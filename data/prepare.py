@@ -38,7 +38,7 @@ class DataFlags:
 
 @dataclass(frozen=True)
 class WorldFlags:
-    pairs: int = flag(12_000, "training pairs of a built-in world", positive=True)
+    pairs: int = flag(11_000, "training pairs of a built-in world", positive=True)
     test_prompts: int = flag(500, "test prompts of a built-in world", positive=True)
     label_temperature: float = flag(1.0, "of the Bradley-Terry labels of a built-in world: higher is noisier", positive=True)
     flip_rate: float = flag(0.0, "share of a built-in world's labels that is turned round")

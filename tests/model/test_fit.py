@@ -178,12 +178,13 @@ def test_reward_accuracy_counts_a_tie_as_a_half():
 # ---- the loop
 
 
-def test_a_smaller_last_batch_has_its_own_denominator(tmp_path):
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_smaller_last_batch_has_its_own_denominator(tmp_path, by_length):
     _, rows, objective = task("sft", 10)
     model = loud(LanguageModel)
-    run_fit(model, objective, rows, tmp_path / "metrics.jsonl", replace(FLAGS, lr=1e-12))  # weights as good as fixed
+    run_fit(model, objective, rows, tmp_path / "metrics.jsonl", replace(FLAGS, lr=1e-12, by_length=by_length))  # weights as good as fixed
     steps = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
-    batches = list(step_indices(10, 4, 1, 7, "test", [row.length for row in rows]))
+    batches = list(step_indices(10, 4, 1, 7, "test", [row.length for row in rows] if by_length else None))
     assert [len(batch) for batch in batches] == [4, 4, 2] and len(steps) == 3
     for line, batch in zip(steps, batches, strict=True):
         model.zero_grad()
@@ -218,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(how, monkeypa
     with pytest.raises(NumericalError) as stopped:
         run_fit(model, breaks_at(objective, 2, how), rows, flags=replace(FLAGS, micro_batch=4, validations=1))
     assert len(after) == 2 and torch.equal(weights(model), after[-1])
-    third = list(step_indices(12, 4, 1, 7, "test", [row.length for row in rows]))[2]
+    third = list(step_indices(12, 4, 1, 7, "test"))[2]
     assert "test, step 2: loss is not finite" in str(stopped.value) and all(f"row{i}" in str(stopped.value) for i in third)
 
 
