@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.batches import CHOSEN, REJECTED
+from data.batches import CHOSEN, PADDING, REJECTED
 from losses.logprobs import entropy, token_logps
 from model.cache import Cache
 from model.packing import last_column, packing
@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
         With a cache: logits (B, V) for the token that follows each row's last real one.
         """
         layout = None if parts is None else packing(parts)
-        hidden = self.trunk(tokens, cache, layout)
+        hidden = self.trunk(tokens, cache, layout, None if response_mask is None else up_to_last(response_mask))
         if cache is not None:
             cache.advance()
             last = cache.lengths - 1 if hidden.shape[1] > 1 else torch.zeros_like(cache.lengths)
@@ -65,6 +65,11 @@ class LanguageModel(nn.Module):
         if response_mask is None:
             return self.lm_head(hidden)
         return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature, previous=None if layout is None else layout.previous)
+
+
+def up_to_last(mask: Tensor) -> Tensor:
+    """(B, T) bool -> True up to each row's last True: what comes after cannot be seen from there."""
+    return mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def score_tokens(
@@ -109,10 +114,17 @@ class ScalarModel(nn.Module):
         self.trunk = Transformer(config)
         self.score = nn.Linear(config.width, 1, bias=False)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None, parts: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> one number per token (B, T), or with lengths (B,) the one at each row's last real token (B,), or with parts
-        (B, T) those at the ends of both responses of packed pairs (B, 2), chosen first; float32."""
-        hidden = self.trunk(tokens, packing=None if parts is None else packing(parts))
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None, parts: Tensor | None = None, *, real: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> one number per token (B, T), of real (B, T) ones alone where given; or with lengths (B,) the one at each row's last
+        real token (B,), or with parts (B, T) those at the ends of both responses of packed pairs (B, 2), chosen first; float32."""
+        layout = None
+        if parts is not None:
+            layout, real = packing(parts), parts < PADDING
+        if lengths is not None:
+            real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = self.trunk(tokens, packing=layout, real=real)
         if parts is not None:
             ends = torch.stack([last_column(parts, CHOSEN), last_column(parts, REJECTED)], dim=1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], ends]
@@ -141,10 +153,11 @@ class PolicyWithCritic(nn.Module):
         """tokens and response_mask (B, T) -> `TokenScores` with values; with a cache it decodes as the policy alone does."""
         if cache is not None:
             return self.policy(tokens, cache=cache)
-        hidden = self.policy.trunk(tokens)
+        real = up_to_last(response_mask)
+        hidden = self.policy.trunk(tokens, real=real)
         scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=True)
         if self.critic is None:
             values = read_scalar(hidden, self.value_head)
         else:
-            values = (self.critic(tokens) - self.score_mean) / self.score_std
+            values = (self.critic(tokens, real=real) - self.score_mean) / self.score_std
         return scores._replace(values=values)

@@ -20,7 +20,7 @@ from data.errors import CheckpointError
 from data.files import read_json, write_json
 from losses.kl import exact_kl
 from losses.masked import masked_sum
-from model.heads import LanguageModel
+from model.heads import LanguageModel, up_to_last
 from model.parallel import World, at_hand
 
 LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while a KL is computed
@@ -111,8 +111,8 @@ def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], 
 
     def read(part: Sequence[Row]) -> Tensor:
         tokens, mask = to_tensors(part, pad_id, world.device)
-        mask = mask[:, 1:]  # column t is about token t+1
-        states, ref_states = (m.trunk(tokens)[:, :-1][mask].split(positions) for m in (model, ref))
+        real, mask = up_to_last(mask), mask[:, 1:]  # column t is about token t+1
+        states, ref_states = (m.trunk(tokens, real=real)[:, :-1][mask].split(positions) for m in (model, ref))
         kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
         return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
 

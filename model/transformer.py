@@ -1,8 +1,9 @@
 """The decoder: LLaMA's architecture in plain PyTorch, and the sizes it comes in.
 
 RMSNorm before each block, rotary positions, grouped-query attention, a SwiGLU feed-forward, no biases, no dropout. Rows are padded on
-the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. With a
-`Cache` (model/cache.py) the same code prefills prompts and decodes one token per row. Query, key and value share one matrix, as do the
+the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. Told which
+tokens are real, everything but attention leaves padding out. With a `Cache` (model/cache.py) the same code prefills prompts and decodes one
+token per row. Query, key and value share one matrix, as do the
 feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits them into Hugging Face's names on disk.
 
 Letters: B rows, T length, D width, L layers, H query heads, K key-value heads, E head size, F feed-forward width, V vocabulary.
@@ -96,6 +97,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the N real tokens of a padded batch (B, T) are: their numbers in the flattened batch (N,), and its shape."""
+
+    numbers: Tensor
+    shape: torch.Size
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, D) -> (B, T, D), with zeros for padding."""
+        return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.numbers, x).unflatten(0, self.shape)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (N, D)."""
+        return x.flatten(0, 1).index_select(0, self.numbers)
+
+
+def places_of(real: Tensor | None) -> Places | None:
+    """Those of a mask (B, T), or None where there is no padding."""
+    if real is None:
+        return None
+    numbers = real.flatten().nonzero().squeeze(1)
+    return Places(numbers, real.shape) if len(numbers) < real.numel() else None
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries."""
 
@@ -105,18 +130,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_size, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, T, D) -> (B, T, D). Causal without a mask; mask (B, 1, T, T) says which keys (last) a query may see. A cache that holds
-        tokens already means decoding: T is 1 and each row attends to what it holds."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or with places (N, D) -> (N, D). Causal without a mask; mask (B, 1, T, T) says which keys (last) a query
+        may see. A cache that holds tokens already means decoding: T is 1 and each row attends to what it holds."""
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
+        qkv = self.qkv(x) if places is None else places.spread(self.qkv(x))
+        qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is not None:
             key, value, mask = cache.update(layer, key, value)
         grouped = heads != kv_heads
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.output(mixed if places is None else places.gather(mixed))
 
 
 class FeedForward(nn.Module):
@@ -142,8 +171,10 @@ class Layer(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, places, cache, layer)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -158,21 +189,25 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
-        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands."""
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None, real: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands; with real
+        (B, T) bool, True on whatever a True one shall see, the others' states are 0."""
         start = 0 if cache is None else cache.lengths[:, None]
         positions = start + torch.arange(tokens.shape[1], device=tokens.device) if packing is None else packing.positions  # (T,) or (B, T)
         mask = None if packing is None else packing.mask
         cos, sin = rotary(positions, self.config)
         if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, E): one set of angles for all heads
-        x = self.embedding(tokens)
+        places = places_of(real)
+        x = self.embedding(tokens if places is None else tokens.flatten()[places.numbers])
         for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(layer, x, (cos, sin), mask, None, index, use_reentrant=False)
+                x = checkpoint(layer, x, (cos, sin), mask, places, None, index, use_reentrant=False)
             else:
-                x = layer(x, (cos, sin), mask, cache, index)
-        return self.norm(x)
+                x = layer(x, (cos, sin), mask, places, cache, index)
+        return self.norm(x) if places is None else places.spread(self.norm(x))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from small import ALONE, BOS, CONFIG, CPU, EOS, PAD, loud, ragged_pairs, ragged_
 from data.batches import PairRow, Row
 from losses.reward import reward_loss
 from model import heads
-from model.heads import LanguageModel, PolicyWithCritic, ScalarModel, score_tokens
+from model.heads import LanguageModel, PolicyWithCritic, ScalarModel, score_tokens, up_to_last
 from model.score import pair_tensors, row_lengths, to_tensors
 
 
@@ -139,6 +139,11 @@ def test_swapping_the_halves_of_a_pair_negates_the_gap():
     assert torch.allclose(reward_loss(gaps[0], torch.zeros(5)) - reward_loss(gaps[1], torch.zeros(5)), -gaps[0], atol=1e-5)
 
 
+def test_a_mask_up_to_its_last_true():
+    mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert up_to_last(mask).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
 # ---- policy with critic
 
 
@@ -152,8 +157,8 @@ def test_a_value_head_stands_on_the_trunk_and_starts_at_0():
     assert torch.equal(scores.logp, policy(tokens, mask, temperature=0.7).logp)
     assert scores.entropy.shape == scores.logp.shape
     torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-    values = model(tokens, mask).values
-    assert torch.allclose(values, policy.trunk(tokens) @ model.value_head.weight[0], atol=1e-5)
+    values, real = model(tokens, mask).values, up_to_last(mask)
+    assert torch.allclose(values[real], (policy.trunk(tokens) @ model.value_head.weight[0])[real], atol=1e-5) and (values[~real] == 0).all()
     values.sum().backward()
     assert policy.trunk.embedding.weight.grad.abs().sum() > 0 and policy.lm_head.weight.grad is None
 
@@ -163,7 +168,8 @@ def test_a_separate_critic_shares_nothing_with_the_policy():
     model = PolicyWithCritic(policy, critic)
     tokens, mask = to_tensors(ragged_rows(4), PAD, CPU)
     scores = model(tokens, mask)
-    assert torch.equal(scores.values, critic(tokens)) and torch.equal(scores.logp, policy(tokens, mask).logp)
+    real = up_to_last(mask)
+    assert torch.allclose(scores.values[real], critic(tokens)[real], atol=1e-5) and torch.equal(scores.logp, policy(tokens, mask).logp)
     assert not any(name.startswith("value_head") for name, _ in model.named_parameters())
     scores.values.sum().backward(retain_graph=True)
     assert all(parameter.grad is None or (parameter.grad == 0).all() for parameter in policy.parameters())
