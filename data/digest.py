@@ -206,8 +206,6 @@ def write_response(rng, prompt):
             claims.append((astray or fact[0], rng.choice(DEEDS + 5 * ABSURD) if rng.random() < 0.05 + 0.4 * clumsy else fact[1]))
     claims += [fact for fact in post.void if rng.random() < 0.3 * clumsy]
     claims += [aside for aside in post.asides if rng.random() < 0.6 * wordy]
-    if claims and rng.random() < 0.4 * wordy:
-        claims.append(rng.choice(claims))
     claims = claims[:MOST_CLAIMS] or [rng.choice(post.facts or post.asides or post.void)]
     if rng.random() < (1.0 - 0.5 * clumsy if post.question else 0.2 * clumsy):
         claims.append(post.question if post.question and rng.random() < 1.0 - 0.3 * clumsy else rng.choice(QUESTIONS))

@@ -26,7 +26,7 @@ BUDGETS = {
     "dpo": ("--epochs", 0.5, "--validations", 1),
     "ppo": ("--iterations", 2, "--prompts-per-iteration", 8, "--validations", 1),
 }
-WORLD = ("--pairs", 200, "--test-prompts", 20, "--max-response", 24)
+WORLD = ("--pairs", 200, "--test-prompts", 20, "--max-response", 24, "--validation-share", 0.05)
 
 
 def in_chain(stage, flags):
