@@ -175,7 +175,7 @@ def test_no_stage_touches_the_true_reward(chain, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         data.synthetic.true_reward("advice", "a", "b")
     world = chain / "data" / "world"
-    specs = ["--data", f"hh:{world}/train.jsonl", "--test-data", f"hh:{world}/test.jsonl", "--max-response", 24]
+    specs = ["--data", f"hh:{world}/train.jsonl", "--test-data", f"hh:{world}/test.jsonl", "--max-response", 24, "--validation-share", 0.05]
     here("--stage", "tokenizer", "--out", tmp_path / "run", *specs)
     for stage in STAGES[1:]:
         here("--stage", stage, "--out", tmp_path / "run", *BUDGETS.get(stage, ()))
