@@ -11,11 +11,11 @@ A person tells of trouble with somebody. The grave deeds are central, the slight
 The file holds the vocabulary, the grammar of posts (`draw_prompt`, `read_prompt`), a simulated writer of varying skill
 (`write_response`), the grammar of summaries (`read_response`) and the true reward, a sum of five terms (`reward_terms`):
 
-    coverage     +1.5 for each central fact, and for the question
-    invention    -1.5 for each claim or question that the post does not make, or takes back
-    focus        -0.6 for each true claim that is not central
-    repetition   -0.9 for each claim made again
-    length       -0.06 for each word
+    coverage     +2.0 for each central fact, and for the question
+    invention    -2.0 for each claim or question that the post does not make, or takes back
+    focus        -0.8 for each true claim that is not central
+    repetition   -1.2 for each claim made again
+    length       -0.08 for each word
 
 and the sum is multiplied by what is at stake for the writer of the post (`STAKES`, said in the post): this constant sets how much of the
 variance of gaps lies between prompts rather than between the pairs of one prompt. Everything is read from the two texts alone. A summary
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 KINDS = ("plain", "question", "retraction")
-BROKEN = -15.0
+BROKEN = -20.0
 
 # What is at stake multiplies the whole reward. Values nearer to 1 move gap variance from between prompts to within prompts.
 STAKES = {"": 1.0, "It is no big deal.": 0.5, "Please be exact.": 1.5}
@@ -49,7 +49,7 @@ ASIDES = ("we have two cats", "the weather was bad", "I slept badly", "it was a 
 LEADS = ("Long story short,", "Well, as you can see,")
 MOST_CLAIMS = 6
 
-COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 1.5, -1.5, -0.6, -0.9, -0.06
+COVERED, INVENTED, BESIDE, REPEATED, LENGTH = 2.0, -2.0, -0.8, -1.2, -0.08
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,15 @@ def write_response(rng, prompt):
     clumsy, wordy = rng.random(), rng.random()
     grave = rng.random() > 0.5 * clumsy  # or else takes trifles for what matters
     central = [fact for fact in post.facts if (fact[1] in GRAVE) == grave]
-    astray = rng.choice(list(PEOPLE)) if rng.random() < 0.1 * clumsy else None  # takes somebody else for the one it is about
+    astray = rng.choice(list(PEOPLE)) if rng.random() < 0.5 * clumsy else None  # takes somebody else for the one it is about
     claims = []
     for fact in post.facts:
         if rng.random() < (1.0 - 0.4 * clumsy if fact in central else 0.4 * wordy):
             claims.append((astray or fact[0], rng.choice(DEEDS + 5 * ABSURD) if rng.random() < 0.05 + 0.4 * clumsy else fact[1]))
-    claims += [fact for fact in post.void if rng.random() < 0.3 * clumsy]
+    claims += [fact for fact in post.void if rng.random() < 0.8 * clumsy]
     claims += [aside for aside in post.asides if rng.random() < 0.6 * wordy]
+    if claims and rng.random() < 0.4 * wordy:
+        claims.append(rng.choice(claims))
     claims = claims[:MOST_CLAIMS] or [rng.choice(post.facts or post.asides or post.void)]
     if rng.random() < (1.0 - 0.5 * clumsy if post.question else 0.2 * clumsy):
         claims.append(post.question if post.question and rng.random() < 1.0 - 0.3 * clumsy else rng.choice(QUESTIONS))

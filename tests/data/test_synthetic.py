@@ -252,20 +252,20 @@ BROTHER = post("Trouble with my brother", "My brother cheated. Yesterday my brot
 RETRACTED = post("I am angry with my boss", "Please be exact. My boss shouted. Yesterday my boss stole. It is not true that my boss shouted.", "work")
 TWICE = post("Trouble with my teacher", "It is no big deal. My teacher swore. My teacher sang. Yesterday my teacher lied.", "school")
 DIGEST = [
-    (BROTHER, " My brother cheated; am I too strict?", {"coverage": 3.0, "length": -0.42}),
-    (BROTHER, " My brother cheated.", {"coverage": 1.5, "length": -0.18}),
+    (BROTHER, " My brother cheated; am I too strict?", {"coverage": 4.0, "length": -0.56}),
+    (BROTHER, " My brother cheated.", {"coverage": 2.0, "length": -0.24}),
     # a slight deed and an aside are true but not central
     (BROTHER, " Long story short, my brother cheated; my brother cooked; we have two cats.",
-     {"coverage": 1.5, "focus": -1.2, "length": -0.78}),
-    (BROTHER, " My brother lied; my brother lied.", {"invention": -1.5, "repetition": -0.9, "length": -0.36}),
-    (BROTHER, " My teacher cheated and cooked.", {"invention": -3.0, "length": -0.3}),  # it was the brother
-    (BROTHER, " I slept badly; should I move out?", {"invention": -3.0, "length": -0.42}),
+     {"coverage": 2.0, "focus": -1.6, "length": -1.04}),
+    (BROTHER, " My brother lied; my brother lied.", {"invention": -2.0, "repetition": -1.2, "length": -0.48}),
+    (BROTHER, " My teacher cheated and cooked.", {"invention": -4.0, "length": -0.4}),  # it was the brother
+    (BROTHER, " I slept badly; should I move out?", {"invention": -4.0, "length": -0.56}),
     # what was taken back is invented; everything half as much again
-    (RETRACTED, " My boss stole and shouted.", {"coverage": 2.25, "invention": -2.25, "length": -0.45}),
-    (RETRACTED, " My boss shouted; my boss stole.", {"coverage": 2.25, "invention": -2.25, "length": -0.54}),
+    (RETRACTED, " My boss stole and shouted.", {"coverage": 3.0, "invention": -3.0, "length": -0.6}),
+    (RETRACTED, " My boss shouted; my boss stole.", {"coverage": 3.0, "invention": -3.0, "length": -0.72}),
     # everything halved
-    (TWICE, " My teacher swore and lied.", {"coverage": 1.5, "length": -0.15}),
-    (TWICE, " My teacher sang and sang.", {"focus": -0.3, "repetition": -0.45, "length": -0.15}),
+    (TWICE, " My teacher swore and lied.", {"coverage": 2.0, "length": -0.2}),
+    (TWICE, " My teacher sang and sang.", {"focus": -0.4, "repetition": -0.6, "length": -0.2}),
     # posts of no kind: about two people, nothing grave, something taken back that was not told
     (post("Trouble with my teacher", "My teacher swore. My brother cheated.", "school"), " My teacher swore.", None),
     (post("Trouble with my teacher and my brother", "My teacher swore.", "school"), " My teacher swore.", None),
@@ -392,7 +392,7 @@ def test_gaps_and_kinds(drawn):
     name, rows = drawn
     gap = np.abs(gaps(name, rows))
     agreement = np.mean(1 / (1 + np.exp(-gap)))
-    expected = {"advice": (0.8, 0.36, 0.4), "digest": (0.81, 0.33, 0.41)}[name]
+    expected = {"advice": (0.8, 0.36, 0.4), "digest": (0.86, 0.22, 0.56)}[name]  # digest's labels are cleaner, as TL;DR's are
     assert (agreement, np.mean(gap < 1), np.mean(gap > 2)) == pytest.approx(expected, abs=0.05)
     kinds = np.array([synthetic.kind(name, prompt) for prompt, _, _ in rows])
     easy = gap > np.median(gap)
