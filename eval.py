@@ -2,6 +2,7 @@
 
     python eval.py --run runs/mpo                           the comparison: printed, and written to DIR/eval/report.md and report.json
     python eval.py --run runs/mpo --models dpo,ppo --greedy
+    python eval.py --run runs/mpo --best-of 4,16            and the reward model's pick of so many of SFT's answers
     python eval.py --model runs/mpo/ppo --prompt "Name three fruits."
     python eval.py --run runs/mpo --models ppo,dpo --judge-out pairs.jsonl      blind pairs for an outside judge; --judge-in reads its verdicts
     python eval.py --compare runs/ablations                 tables and pictures of a grid
@@ -39,7 +40,7 @@ from data import compare, pictures
 from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import HUMAN, Pair, in_template
-from data.files import atomic_write, read_json, weight_files, write_json
+from data.files import atomic_write, read_json, weight_files, weights_digest, write_json
 from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
@@ -222,8 +223,8 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
     found, distances = model_answers(folder, names, questions, setting)
     if flags.best_of:
-        found |= best_of(folder, found["sft"], questions, setting)
-        distances |= {f"best-of-{n}": {"kl_sft": certain(math.log(n) - (n - 1) / n, len(questions))} for n in numbers_of(flags.best_of)}
+        picked, bounds = best_of(folder, found["sft"], questions, setting)
+        found, distances = found | picked, distances | bounds
     answers = judge(answers | found, questions, reward_model, setting)
     if judge_out:
         return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
@@ -318,9 +319,13 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
     """Name -> `Answers` of SFT and of each model; name -> its KLs, on samples at temperature 1 (the answers, where they are that)."""
     flags, sft = setting.flags, (folder / "sft").resolve()
     load = functools.lru_cache(maxsize=3)(setting.load)  # SFT, the model and its reference
-    answers, distances = {}, {}
+    answers, distances, first = {}, {}, {}
     for name in dict.fromkeys(["sft", *names]):
         own, ref = (folder / name).resolve(), reference_folder(folder, name)
+        same = first.setdefault((weights_digest(own), ref), name)
+        if same != name:  # a stage's best weights are those of one of its snapshots
+            answers[name], distances[name] = answers[same], distances[same]
+            continue
         samples = answers[name] = setting.answer(load(own), questions, name, greedy=flags.greedy, temperature=flags.temperature)
         if flags.greedy or flags.temperature != 1:
             samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
@@ -339,27 +344,22 @@ def numbers_of(best_of: str) -> list[int]:
     return sorted(set(map(int, best_of.split(","))))
 
 
-def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting: Setting) -> dict[str, Answers]:
-    """Name -> of n of SFT's answers to each prompt, the one that the run's own reward model, which PPO trains against, scores highest.
+def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
+    """Name -> of n of SFT's answers to each prompt, `first` among them, the one that the run's own reward model scores highest; name -> its KL.
 
-    Its KL to SFT is at most log n - (n - 1) / n, and about that (Beirami et al., arXiv 2401.01879)."""
-    model, picker, flags = setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel), setting.flags
-    picked, scores, found = first, None, {}
-    for draw in range(numbers_of(flags.best_of)[-1]):
-        drawn = first if draw == 0 else setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=flags.temperature, draw=draw)
-        raw = reward_scores(picker, drawn.rows, setting.text.tokenizer.pad_id, setting.world)
-        better = np.full(len(questions), True) if scores is None else raw > scores
-        scores = raw if scores is None else np.where(better, raw, scores)
-        picked = Answers(*([new if take else old for new, old, take in zip(*two, better, strict=True)]
-                           for two in ((drawn.rows, picked.rows), (drawn.texts, picked.texts))))  # fmt: skip
-        if draw + 1 in numbers_of(flags.best_of):
-            found[f"best-of-{draw + 1}"] = picked
-    return found
-
-
-def certain(value: float, n: int) -> dict:
-    """A number that is known and not estimated, in the form of a mean."""
-    return {"n": n, "mean": value, "interval": [value, value]}
+    That is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
+    numbers, model, picker = numbers_of(setting.flags.best_of), setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel)
+    draws = [first]
+    for draw in range(1, numbers[-1]):
+        draws.append(setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw))
+    scores = np.stack([reward_scores(picker, drawn.rows, setting.text.tokenizer.pad_id, setting.world) for drawn in draws])
+    answers, distances = {}, {}
+    for n in numbers:
+        best = scores[:n].argmax(axis=0)
+        answers[f"best-of-{n}"] = Answers([draws[k].rows[i] for i, k in enumerate(best)], [draws[k].texts[i] for i, k in enumerate(best)])
+        bound = math.log(n) - (n - 1) / n
+        distances[f"best-of-{n}"] = {"kl_sft": {"n": len(questions), "mean": bound, "interval": [bound, bound]}}
+    return answers, distances
 
 
 def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> dict[str, dict]:

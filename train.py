@@ -36,11 +36,10 @@ from data.examples import read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
 from data.flags import Parser, add_flags, flag, take_flags, typed_names
 from data.grid import GridFlags, run_grid
-from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
+from data.prepare import DataFlags, WorldFlags, check_data_flags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
-from data.synthetic import WORLDS
 from data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 from eval import EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
@@ -59,7 +58,7 @@ from model.watch import check_first_preference_step, has_left_reference, sampled
 from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
 
-SCALED_ON = 2000  # training pairs from whose chosen responses the mean and std of a reward model's scores are taken
+SCALED_ON = 2000  # training pairs that the mean and std of a reward model's scores, and its accuracy in training, are taken from
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
 
@@ -133,8 +132,7 @@ STAGE_FLAGS = {
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},
     "sft": {"epochs": 3.0, "validations": 2},
-    "rm": {"epochs": 1.0, "validations": 2},
-    "dpo": {"epochs": 1.0, "validations": 2},
+    "dpo": {"validations": 2},
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
     "ablations": {"only": "dpo-all,ppo-all,mpo", "seeds": "1,2"},
 }
@@ -248,7 +246,7 @@ def split_stage(run: Run) -> None:
     flags = run.take("split", SplitFlags)
     rm = run.parent("rm")
     if flags.gaps == "given":
-        given_gaps(run)  # what is missing stops the run before a folder is made
+        check_given_gaps(run)
     if not run.begins("split", as_flags(flags), {"rm": rm}):
         return
     with run.stage("split") as (folder, _, results):
@@ -256,7 +254,7 @@ def split_stage(run: Run) -> None:
         pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "train")}
         pairs, gaps = [pair_of[row["id"]] for row in scored], np.array([row["chosen"] - row["rejected"] for row in scored])
         if flags.gaps == "given":
-            gaps = np.array([given_gaps(run)[pair.id] for pair in pairs])
+            gaps = np.array([pair.gap for pair in pairs])
         split = split_pairs([pair.prompt for pair in pairs], gaps, flags, run.flags.seed)
         if run.world.is_main:
             write_split(folder, split, pairs, gaps, flags, {"seed": run.flags.seed, "scores": digest(rm / "scores.jsonl")})
@@ -265,13 +263,11 @@ def split_stage(run: Run) -> None:
         run.say("  " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in results.items()))
 
 
-def given_gaps(run: Run) -> dict[str, float]:
-    """Id -> the gap that the data states; raises DataError where a pair states none."""
-    pairs = load_pairs(run.folder / "data", "train")
-    without = next((pair.where for pair in pairs if pair.gap is None), None)
+def check_given_gaps(run: Run) -> None:
+    """Raises DataError where a training pair states no gap of its own."""
+    without = next((pair.where for pair in load_pairs(run.folder / "data", "train") if pair.gap is None), None)
     if without:
         raise DataError(f'{without}: has no "gap", which --gaps given needs in every pair; give it, or split by the reward model\'s')
-    return {pair.id: pair.gap for pair in pairs}
 
 
 def part_ids(run: Run, part: str) -> set[str] | None:
@@ -521,17 +517,6 @@ def check_flags(run: Run, stage: str) -> None:
                     raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")
             if isinstance(flags, DpoFlags):
                 chosen_loss(run, flags.loss)
-
-
-def check_data_flags(flags: DataFlags, given: dict) -> None:
-    """Raises UsageError for flags about a world's making beside files, and the other way round."""
-    if flags.data in WORLDS:
-        unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
-    else:
-        unread = {field.name for field in dataclasses.fields(WorldFlags)} | ({"test_share"} if flags.test_data else set())
-        reason = "is about the built-in worlds, or --test-data takes its place"
-    for name in sorted(unread & set(given)):
-        raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
 
 
 def grid(given: dict) -> None:

@@ -131,10 +131,10 @@ def draw_prompt(rng):
         ask = rng.choice(MORES).format(more) if rng.random() < 0.6 else rng.choice(SWITCHES).format(second)
     else:
         phrase = _phrase(rng, first, rng.choice(tuple(NUMBERS)), kind == "property")
-        if kind != "exclude":
-            phrase += f" for {rng.choice(WHOM)} {rng.choice(WHEN)}"
         if kind == "exclude":
             phrase += ", but not " + " or ".join(rng.sample(_read_phrase(phrase)[0], rng.choice((1, 2))))
+        else:
+            phrase += f" for {rng.choice(WHOM)} {rng.choice(WHEN)}"
         ask = rng.choice(ASKS).format(phrase)
     stake = rng.choice(list(STAKES))
     ask = ask if not stake else f"{stake} {ask}" if rng.random() < 0.5 else f"{ask} {stake}"
@@ -195,7 +195,8 @@ def read_prompt(prompt):
     if harm:
         verb, _, rest = harm.partition(" ")
         whats, whom, _ = (part.split(",") for part in HARMS.get(verb, (" ", "", "")))
-        known = any(rest == f"{what} {from_whom}{when}" for what in whats for from_whom in whom for when in ("", *(f" {when}" for when in WHEN)))
+        rest = next((rest.removesuffix(f" {when}") for when in WHEN if rest.endswith(f" {when}")), rest)
+        known = any(rest == f"{what} {from_whom}" for what in whats for from_whom in whom)
         return Request("decline", stake, fitting=FITTING[verb]) if known else None
     more, switch, phrase = _inside(MORES, last), _inside(SWITCHES, last), _inside(ASKS, last)
     if more or switch:

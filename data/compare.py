@@ -15,7 +15,7 @@ from data.report import format_interval, markdown_table, paired_difference, t_in
 
 PICKS = {"best": "best by own validation", "last": "last", "judge": "best by the judge", "true": "best by true reward"}
 TRIALS = ("dpo-beta-", "dpo-lr-", "ppo-kl-coef-")  # rows that differ from another in one of these flags alone are trials of that row
-COURSE = {
+COURSE = {  # what is kept of metrics.jsonl, and shown
     "DPO, on validation pairs": {"valid_chosen_logp": "chosen log-probability", "valid_rejected_logp": "rejected log-probability",
                                  "valid_accuracy": "accuracy of the implicit reward", "valid_kl_ref_seq": "KL to reference"},
     "PPO, on its own samples": {"explained_variance": "critic's explained variance", "clip_share": "clip share", "entropy": "entropy per token",
@@ -154,8 +154,8 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
 
 def trials_of(lines: Sequence[dict], name: str) -> dict[str, dict[int, dict]]:
     """Setting -> seed -> line: a row ("") and those that differ from it in one of TRIALS alone."""
-    split = [(row, *row.partition("@")[::2]) for row in names_of(lines)]
-    return {setting: of_row(lines, row) for row, base, setting in split if base == name and (not setting or setting.startswith(TRIALS))}
+    settings = {row: row.removeprefix(name).removeprefix("@") for row in names_of(lines) if row.partition("@")[0] == name}
+    return {setting: of_row(lines, row) for row, setting in settings.items() if not setting or setting.startswith(TRIALS)}
 
 
 def tuned(trials: Sequence[dict], by: str, key: str) -> float:
@@ -173,9 +173,11 @@ def trials_text(lines: Sequence[dict], key: str) -> str:
             continue
         seeds = [seed for seed in mine[settings[0]] if all(seed in found[setting] for found in (mine, theirs) for setting in settings)]
         cells = []
-        for by in ("score_raw", "true_reward"):
-            both = [[tuned([found[setting][seed] for setting in settings], by, key) for seed in seeds] for found in (mine, theirs)]
-            cells.append(format_interval(*paired_difference(*both)) if seeds else None)
+        for pick, by in (("judge", "score_raw"), ("true", "true_reward")):
+            arms = [[[found[setting][seed] for setting in settings] for seed in seeds] for found in (mine, theirs)]
+            known = seeds and all(pick in line["picked"] for arm in arms for trials in arm for line in trials)
+            both = [[tuned(trials, by, key) for trials in arm] for arm in arms] if known else []
+            cells.append(format_interval(*paired_difference(*both)) if known else None)
         rows.append([f"{a} - {b}", len(seeds), len(settings), *cells])
     header = ["", "seeds", "trials each", "best by the judge", "best by true reward"]
     return f"Differences of {COLUMNS[key]} with the best of equally many trials:\n\n" + markdown_table(header, rows) if rows else ""

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
+from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
 from data.files import atomic_write, digest, read_json, write_json
 from data.flags import flag
@@ -38,7 +39,6 @@ from data.synthetic import WORLDS
 ROOT = Path(__file__).resolve().parent.parent
 BASE, STAGES = ("tokenizer", "sft", "rm", "split"), ("dpo", "ppo")
 TEST_PROMPTS, VALIDATION_PROMPTS = 2000, 500
-COURSE = ("chosen_logp", "rejected_logp", "accuracy", "kl_ref_seq", "explained_variance", "clip_share", "entropy", "kl_old_tok", "ended")
 JUDGE_SEED = 100_000  # added to a seed for the judge's pairs: far from every seed that anyone types
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
@@ -270,14 +270,17 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     """A finished row's line: what eval.py says of its best, its last and all other kept weights, how training went, and what they cost."""
     folder, base, last = row_folder(grid, name, seed), base_folder(grid, name, seed), last_stage(name)
     began = time.perf_counter()
+
+    def prompts(count: int) -> list:
+        return ["--quick"] if grid.common.get("--quick") else ["--prompts", count]
+
     models = ["--models", f"sft,{last},{last}/snapshot-*"] if last in STAGES else ["--models", "sft", "--best-of", ROWS[name].flags["--best-of"]]
     asked = ["--run", ".", *models, "--seed", seed]
     asked += [word for flag in ("--device", "--dtype") if flag in grid.common for word in (flag, grid.common[flag])]
-    quick = ["--quick"] if grid.common.get("--quick") else None
     judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
-    program(folder, folder / "log.txt", "eval.py", *asked, *(quick or ["--prompts", VALIDATION_PROMPTS]), "--part", "validation", *judge)
+    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(VALIDATION_PROMPTS), "--part", "validation", *judge)
     validation = read_json(folder / "eval" / "report.json")
-    program(folder, folder / "log.txt", "eval.py", *asked, *(quick or ["--prompts", TEST_PROMPTS]))
+    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(TEST_PROMPTS))
     test = read_json(folder / "eval" / "report.json")
     points = {point: plain(test["rows"][point]) | cost(grid, name, seed, point) for point in test["rows"] if point.startswith(last)}
     kept = [point for point in points if point != last] or [last]  # in the order of training, or of n
@@ -299,12 +302,14 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
 
 
 def course(path: Path) -> list[dict[str, float]]:
-    """How training went, from one validation to the next: what each found, and the means of the steps before it; [] where there was none."""
+    """How training went, from one validation to the next: those numbers of COURSE that each found, and those that are means over the steps
+    before it; [] where there was no training."""
+    names = [name for columns in COURSE.values() for name in columns]
     stretches, steps = [], []
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
         if any(name.startswith("valid_") for name in line):
-            found = {name: float(np.mean([step[name] for step in steps])) for name in COURSE if steps and name in steps[0]}
-            stretches.append({"step": line["step"]} | found | {f"valid_{name}": line[f"valid_{name}"] for name in COURSE if f"valid_{name}" in line})
+            means = {name: float(np.mean([step[name] for step in steps])) for name in names if steps and name in steps[0]}
+            stretches.append({"step": line["step"]} | means | {name: line[name] for name in names if name in line})
             steps = []
         else:
             steps.append(line)

@@ -45,6 +45,17 @@ class WorldFlags:
     annotator_bias: float = flag(0.0, "how much a built-in world's annotator cares for what the true reward does not")
 
 
+def check_data_flags(flags: DataFlags, given: dict) -> None:
+    """Raises UsageError for flags about a world's making beside files, and the other way round."""
+    if flags.data in WORLDS:
+        unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
+    else:
+        unread = {field.name for field in dataclasses.fields(WorldFlags)} | ({"test_share"} if flags.test_data else set())
+        reason = "is about the built-in worlds, or --test-data takes its place"
+    for name in sorted(unread & set(given)):
+        raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
+
+
 def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False) -> None:
     """Makes `folder` (DIR/data), or checks that it was made with the same flags; `given`: names of the flags that the user typed;
     resume: data that a stopped run left half-made is made anew.

@@ -248,6 +248,20 @@ def test_snapshots_are_compared_like_models(plain_run, tmp_path):
     assert rows["ppo/snapshot-00001"]["kl_ref"]["mean"] == 0.0 and rows["ppo"]["reference"] == "dpo" and rows["ppo"]["kl_ref"]["mean"] > 0
 
 
+def test_the_same_weights_answer_once(plain_run, tmp_path, monkeypatch):
+    """A stage's best weights are those of one of its snapshots; with another reference they are another row."""
+    run, asked, answer = copy_of(plain_run, tmp_path / "run"), [], Setting.answer
+    shutil.copytree(run / "ppo", run / "ppo" / "snapshot-00001", ignore=shutil.ignore_patterns("manifest.json"))
+    monkeypatch.setattr(Setting, "answer", lambda self, model, questions, title, **how: (asked.append(title), answer(self, model, questions, title, **how))[1])
+    compare_run(run, ALONE, EvalFlags(models="dpo,ppo,ppo/snapshot-*"))
+    rows = read_json(run / "eval" / "report.json")["rows"]
+    assert asked == ["sft", "dpo", "ppo"] and rows["ppo/snapshot-00001"] == rows["ppo"]
+    run = copy_of(plain_run, tmp_path / "unmoved", "dpo", "ppo")
+    save_stage(run, "dpo", tiny(1), {"init": run / "sft", "ref": run / "sft"})
+    compare_run(run, ALONE, EvalFlags(models="dpo"))
+    assert asked[3:] == ["sft", "dpo"] and read_json(run / "eval" / "report.json")["rows"]["dpo"]["reference"] == "sft"
+
+
 # ---- refusals
 
 

@@ -48,9 +48,9 @@ def look(model: LanguageModel, pair, ref: torch.Tensor, beta: float, pad_id: int
     gradients = torch.autograd.grad(loss, parameters)
     h = float(((logps[0] - ref[0]) - (logps[1] - ref[1])).detach())
     inner, norm_w, norm_l = float(g_w @ g_l), float(g_w @ g_w), float(g_l @ g_l)
-    factor = step / float(flat(gradients).double().norm()) * beta / (1 + np.exp(beta * h))
+    move = step / float(flat(gradients).norm())
+    factor = move * beta / (1 + np.exp(beta * h))
     with torch.no_grad():
-        move = step / flat(gradients).norm()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.sub_(move * gradient)
         change = (pair_logps(model, [pair], pad_id, torch.device("cpu"))[0] - logps).tolist()

@@ -63,7 +63,7 @@ def test_a_row_has_been_where_it_started_from():
 def judged(found, scores):
     """The line with what the judge says of its three snapshots on validation prompts; by true reward the first is best there."""
     points = [point for point in found["points"] if "/" in point]
-    return found | {"validation": {
+    return found | {"picked": found["picked"] | {"judge": points[0], "true": points[0]}, "validation": {
         point: {"score_raw": score, "true_reward": -index} for index, (point, score) in enumerate(zip(points, scores, strict=True))
     } | {points[0].split("/")[0]: {"score_raw": scores[1], "true_reward": -1}}}  # fmt: skip
 
@@ -79,6 +79,8 @@ def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
     assert "| mpo - ppo-all | 1 | 2 | 5.00 | 3.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 3 against 0, the first of each
     assert text.count("\n| mpo") == 1
     assert trials_text(LINES, "true_reward") == ""
+    without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
+    assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score_raw")
 
 
 def test_the_course_of_training_is_its_beginning_middle_and_end():
