@@ -329,9 +329,9 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
         samples = answers[name] = setting.answer(load(own), questions, name, greedy=flags.greedy, temperature=flags.temperature)
         if flags.greedy or flags.temperature != 1:
             samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
-        kls = {own: np.zeros(len(questions))}
-        for other in {sft, ref or sft} - {own}:
-            kls[other] = sequence_kls(load(own), load(other), samples.rows, setting.text.tokenizer.pad_id, setting.world)
+        kls, others = {own: np.zeros(len(questions))}, list({sft, ref or sft} - {own})
+        if others:
+            kls |= zip(others, sequence_kls(load(own), [load(other) for other in others], samples.rows, setting.text.tokenizer.pad_id, setting.world).T, strict=True)
         far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
         distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
@@ -366,7 +366,9 @@ def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> di
     """Name -> what each model makes of the labelled pairs of the part that is answered."""
     tokenizer, pairs = setting.text.tokenizer, load_pairs(folder / "data", setting.flags.part)[: setting.flags.prompts]
     rows, _ = encode_pairs(pairs, tokenizer, setting.text.max_prompt, setting.text.max_response)
-    logps = {name: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for name in dict.fromkeys(["sft", *names])}
+    digests = {name: weights_digest(folder / name) for name in ("sft", *names)}
+    different = {weights: name for name, weights in digests.items()}
+    logps = {weights: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for weights, name in different.items()}
     pair_of = {pair.id: pair for pair in pairs}
     texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
     # a world's labels are draws of a known chance; of other data we know the label alone
@@ -375,7 +377,7 @@ def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> di
     for name in names:
         flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
         plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
-        found[name] = preference_numbers(logps[name], logps["sft"], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
+        found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
     return found
 
 

@@ -73,7 +73,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-flip-rate": 0.2, "--flip-rate": 0.2}),
     },
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
-    "beta": levels("--dpo-beta", (0.05, 0.1, 0.2, 1.0), ("dpo-easy", "dpo-all", "dpo-random")),
+    "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
     "critic": levels("--ppo-critic", ("separate",), ("ppo-all", "mpo")),

@@ -49,7 +49,7 @@ def implicit_rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
     return beta * chosen.detach(), beta * rejected.detach()
 
 
-def dpo(pairs: Pairs, *, beta: float = 0.5, label_smoothing: float = 0.0, chosen_weight: float = 0.0) -> Tensor:
+def dpo(pairs: Pairs, *, beta: float = 1.0, label_smoothing: float = 0.0, chosen_weight: float = 0.0) -> Tensor:
     """DPO, with two optional terms (e = label_smoothing, w = chosen_weight); (B,).
 
         L = - (1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) - w log pi(y_w|x) / |y_w|      (a), (b), (c)
@@ -77,7 +77,7 @@ def dpo(pairs: Pairs, *, beta: float = 0.5, label_smoothing: float = 0.0, chosen
     return loss - chosen_weight * pairs.chosen_logp / pairs.chosen_length.clamp(min=1)  # (c)
 
 
-def robust(pairs: Pairs, *, beta: float = 0.5, flip_rate: float = 0.1) -> Tensor:
+def robust(pairs: Pairs, *, beta: float = 1.0, flip_rate: float = 0.1) -> Tensor:
     """Provably robust DPO: DPO's loss on clean labels, estimated from labels of which a share e = flip_rate is flipped; (B,).
 
         L = [ - (1 - e) log sigmoid(beta h) + e log sigmoid(-beta h) ] / (1 - 2e)
@@ -130,7 +130,7 @@ def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     return F.relu(1 - beta * (chosen - rejected))
 
 
-def soft(pairs: Pairs, *, beta: float = 0.5, sharpness: float = 1.0) -> Tensor:
+def soft(pairs: Pairs, *, beta: float = 1.0, sharpness: float = 1.0) -> Tensor:
     """DPO on what the reward model thinks of a pair, in place of its label; (B,).
 
         p = sigmoid(sharpness gap),     L = - p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h)

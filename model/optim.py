@@ -13,8 +13,8 @@ SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits
 BY_SIZE = {
     "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (5e-4, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
-    "dpo": {"lr": (7e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
-    "ppo": {"lr": (3e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
+    "dpo": {"lr": (5e-5, 2e-5, 5e-6, 1e-6, 5e-7), "batch_size": (16, 16, 32, 64, 64)},
+    "ppo": {"lr": (5e-4, 1e-4, 2e-5, 3e-6, 1e-6)},
 }
 
 

@@ -101,10 +101,12 @@ def reference_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, wor
 
 
 @torch.no_grad()
-def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], pad_id: int, world: World, batch: int = 64) -> np.ndarray:
-    """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens: (N,).
+def sequence_kls(
+    model: LanguageModel, refs: Sequence[LanguageModel], rows: Sequence[Row], pad_id: int, world: World, batch: int = 64
+) -> np.ndarray:
+    """KL(model || ref) over the whole vocabulary, in nats, summed over each row's response tokens, for each of refs: (N, len(refs)).
 
-    Hidden states of response positions alone go through the two output projections, in pieces of at most LOGITS numbers: the (B, T, V)
+    Hidden states of response positions alone go through the output projections, in pieces of at most LOGITS numbers: the (B, T, V)
     tensors never exist.
     """
     positions = max(1, LOGITS // model.config.vocab_size)
@@ -112,11 +114,15 @@ def sequence_kls(model: LanguageModel, ref: LanguageModel, rows: Sequence[Row], 
     def read(part: Sequence[Row]) -> Tensor:
         tokens, mask = to_tensors(part, pad_id, world.device)
         real, mask = up_to_last(mask), mask[:, 1:]  # column t is about token t+1
-        states, ref_states = (m.trunk(tokens, real=real)[:, :-1][mask].split(positions) for m in (model, ref))
-        kl = torch.cat([exact_kl(model.lm_head(own), ref.lm_head(other)) for own, other in zip(states, ref_states, strict=True)])
-        return kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(dim=1)
+        pieces = zip(*(m.trunk(tokens, real=real)[:, :-1][mask].split(positions) for m in (model, *refs)), strict=True)
+        kl = torch.cat([per_token(own, others) for own, *others in pieces])
+        return torch.stack([kl.new_zeros(mask.shape).masked_scatter(mask, column).sum(dim=1) for column in kl.T], dim=1)
 
-    return for_each_row(read, rows, batch, world, "KL").squeeze(1)
+    def per_token(states: Tensor, ref_states: Sequence[Tensor]) -> Tensor:
+        logits = model.lm_head(states)
+        return torch.stack([exact_kl(logits, ref.lm_head(other)) for ref, other in zip(refs, ref_states, strict=True)], dim=1)
+
+    return for_each_row(read, rows, batch, world, "KL", columns=len(refs))
 
 
 def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[[], np.ndarray], is_main: bool) -> np.ndarray:

@@ -185,7 +185,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # trades a second forward for the memory of the activations; set by --checkpoint-activations
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        weight = torch.zeros(config.vocab_size, config.width)  # for `initialise`, or a file, to fill: torch's own draw would take a second on "meta"
+        self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=weight)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
 

@@ -42,7 +42,7 @@ EXPLODED = 1.0  # nats of KL per token above which PPO warns: every token e time
 @dataclass(frozen=True)
 class PpoFlags:
     lr: float | None = flag(None, "peak learning rate (default: by model size, printed at the start)", positive=True)
-    iterations: int = flag(60, "rounds of sampling and updating", positive=True)
+    iterations: int = flag(40, "rounds of sampling and updating", positive=True)
     prompts_per_iteration: int = flag(128, "responses sampled per round, over all processes", positive=True)
     passes: int = flag(2, "passes over each round's responses", positive=True)
     minibatch: int = flag(64, "responses per optimiser step, over all processes", positive=True)
@@ -63,10 +63,10 @@ class PpoFlags:
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
     bootstrap: bool = flag(False, "a response cut at the length limit keeps the value of going on")
     target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
-    warmup: float = flag(0.05, "share of the rounds in which the learning rate rises")
+    warmup: float = flag(0.1, "share of the rounds in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
-    validations: int = flag(6, "how often the validation prompts are answered", positive=True)
+    validations: int = flag(5, "how often the validation prompts are answered", positive=True)
     snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-ROUND, for eval.py to look at")
 
 

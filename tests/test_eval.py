@@ -109,14 +109,14 @@ def test_exact_kl_is_the_sum_over_response_positions_and_vocabulary(monkeypatch)
             total += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
         expected.append(total)
     assert min(expected) > 0.1
-    assert sequence_kls(model, ref, rows, 3, ALONE) == pytest.approx(expected, rel=1e-4)
+    assert sequence_kls(model, [ref], rows, 3, ALONE)[:, 0] == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr("model.score.LOGITS", 2 * CONFIG.vocab_size)
-    assert sequence_kls(model, ref, rows, 3, ALONE, batch=2) == pytest.approx(expected, rel=1e-4)
+    assert sequence_kls(model, [model, ref], rows, 3, ALONE, batch=2)[:, 1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_kl_of_a_model_to_itself_is_zero():
     rows = [Row("", (1, 7, 9), (20, 21, 2)), Row("", (1, 5), (30, 31))]
-    assert sequence_kls(tiny(1), tiny(1), rows, 3, ALONE).tolist() == [0.0, 0.0]
+    assert sequence_kls(tiny(1), [tiny(1)], rows, 3, ALONE).tolist() == [[0.0], [0.0]]
 
 
 def test_which_prompts_are_answered_does_not_depend_on_the_order_of_the_file(plain_run):

@@ -127,7 +127,7 @@ def test_doubling_a_response_doubles_the_sum_and_not_the_mean():
 
     margins = [implicit_rewards(pairs(times, 0), beta=1.0)[0].item() for times in (1, 2)]
     assert margins == pytest.approx([2.5, 5.0])
-    assert dpo(pairs(2, 0)).item() == pytest.approx(math.log(1 + math.exp(-0.5 * 3.0))) != dpo(pairs(1, 0)).item()
+    assert dpo(pairs(2, 0), beta=0.5).item() == pytest.approx(math.log(1 + math.exp(-0.5 * 3.0))) != dpo(pairs(1, 0), beta=0.5).item()
     assert ipo(pairs(1, 0)).item() == pytest.approx(ipo(pairs(2, 0)).item()) == pytest.approx(0.0, abs=1e-12)
     for loss in PREFERENCE_LOSSES.values():
         assert torch.equal(loss(pairs(1, 100)), loss(pairs(1, 0)))
