@@ -78,7 +78,6 @@ class ModelFlags:
 class SftFlags(FitFlags):
     epochs: float = flag(2.0, "passes over the training rows; parts of one are possible", positive=True)
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices; a reward model that starts from SFT learns more with it")
-    by_length: bool = flag(True, "fill batches with rows of about one length: less padding, but batches differ more from one another")
     include_prompt: bool = flag(False, "learn the prompt's tokens too")
 
 

@@ -88,7 +88,6 @@ def collate(rows: Sequence[Row], pad_id: int, include_prompt: bool = False) -> t
 
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # parts of a packed row
-WINDOW = 8  # batches whose rows are sorted by length together: more saves little padding and makes batches more alike
 
 
 def collate_pairs(pairs: Sequence[PairRow], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,31 +113,14 @@ def epoch_order(count: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=stable_hash(seed, stage, "order", epoch))).permutation(count)
 
 
-def step_indices(
-    count: int, batch_size: int, epochs: float, seed: int, stage: str, lengths: Sequence[int] | None = None
-) -> Iterator[np.ndarray]:
-    """The row indices of each optimiser step, over whole or part epochs; an epoch's last batch may be smaller.
-
-    lengths: of the rows; rows of about one length then share a batch (`batches_by_length`)."""
+def step_indices(count: int, batch_size: int, epochs: float, seed: int, stage: str) -> Iterator[np.ndarray]:
+    """The row indices of each optimiser step, over whole or part epochs; an epoch's last batch may be smaller."""
     per_epoch = math.ceil(count / batch_size)
     for step in range(max(1, round(epochs * per_epoch))):
         epoch, position = divmod(step, per_epoch)
         if position == 0:
             order = epoch_order(count, seed, stage, epoch)
-            if lengths is not None:
-                order = batches_by_length(order, np.asarray(lengths), batch_size, epoch_order(count // batch_size, seed, f"{stage} batches", epoch))
         yield order[position * batch_size : (position + 1) * batch_size]
-
-
-def batches_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, turns: np.ndarray) -> np.ndarray:
-    """An epoch's order in which whole batches have rows of about one length, so that little of them is padding.
-
-    Each WINDOW batches of the shuffled rows are sorted by length and cut anew; then the batches themselves are put in the order `turns`.
-    What is left over for a last, smaller batch stays last."""
-    full = len(turns) * batch_size
-    windows = np.split(order[:full], range(WINDOW * batch_size, full, WINDOW * batch_size))
-    batches = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows]).reshape(-1, batch_size)
-    return np.concatenate([batches[turns].reshape(-1), order[full:]])
 
 
 def full_steps(count: int, size: int, steps: int, seed: int, stage: str) -> list[np.ndarray]:

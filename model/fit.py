@@ -33,7 +33,6 @@ class FitFlags:
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
     validations: int = flag(4, "how often the validation rows are looked at", positive=True)
     patience: int = flag(2, "stop after so many validations without a better one", positive=True)
-    by_length: bool = flag(False, "fill batches with rows of about one length: less padding, but batches differ more from one another")
     snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-STEP, for eval.py to look at")
 
 
@@ -119,8 +118,7 @@ def fit(
     """
     saving = saving or Saving()
     optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
-    lengths = [row.length for row in rows] if flags.by_length else None
-    steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage, lengths))
+    steps = list(step_indices(len(rows), flags.batch_size, flags.epochs, seed, stage))
     every = math.ceil(len(steps) / flags.validations)
     began = time.perf_counter()
 

@@ -142,8 +142,6 @@ MUTATIONS = [
         ("padding left out: states come back in other rows", "model/transformer.py",
          "index_copy(0, self.numbers, x)", "index_copy(0, self.numbers.flip(0), x)", "tests/model/test_transformer.py"),
         ("padding left out: the prompt, too", "model/heads.py", "return mask.flip(1).cumsum(1).flip(1) > 0", "return mask", "tests/model/test_heads.py"),
-        ("batches by length: the last, smaller one is lost", "data/batches.py",
-         "np.concatenate([batches[turns].reshape(-1), order[full:]])", "batches[turns].reshape(-1)", "tests/data/test_batches.py"),
         ("attention: not causal", "model/transformer.py", "is_causal=mask is None", "is_causal=False", "tests/model/test_transformer.py"),
         ("packing: responses see each other", "model/packing.py",
          "((parts == PROMPT)[:, None] | (parts[:, None] == parts[:, :, None]))", "(parts[:, None] >= 0)", "tests/model/test_packing.py"),

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from data.batches import (
     PairRow,
     Row,
-    batches_by_length,
     collate,
     collate_pairs,
     encode_pairs,
@@ -188,28 +187,6 @@ def test_steps_go_through_whole_and_part_epochs(epochs, sizes):
         assert not (np.concatenate(steps[:3]) == np.concatenate(steps[3:])).all()
     longer = list(step_indices(10, 4, 3, 0, "sft"))  # a run that is to go further starts the same way
     assert all((step == other).all() for step, other in zip(steps, longer, strict=False))
-
-
-@pytest.mark.parametrize("count", [3, 8, 64, 150, 1003])
-def test_batches_by_length_are_the_same_rows_with_less_padding(count):
-    lengths = np.random.default_rng(0).integers(10, 100, count)
-    plain, sorted_ones = (list(step_indices(count, 8, 2, 0, "sft", given)) for given in (None, lengths))
-    assert [len(step) for step in sorted_ones] == [len(step) for step in plain]
-    per_epoch = len(plain) // 2
-    for epoch in (sorted_ones[:per_epoch], sorted_ones[per_epoch:]):
-        assert sorted(np.concatenate(epoch)) == list(range(count))
-    padded, saved = (sum(lengths[step].max() * len(step) for step in steps) for steps in (plain, sorted_ones))
-    if count == 1003:
-        assert not any((a == b).all() for a, b in zip(sorted_ones, sorted_ones[per_epoch:], strict=False))
-        assert sum(lengths) * 2 / saved > 0.9 > 0.7 > sum(lengths) * 2 / padded
-        of_steps = [lengths[step].mean() for step in sorted_ones[: per_epoch - 1]]
-        assert abs(np.corrcoef(of_steps, np.arange(len(of_steps)))[0, 1]) < 0.2  # long and short batches in no order
-
-
-def test_batches_by_length_by_hand():
-    order, lengths, turns = np.array([4, 0, 2, 1, 3, 5, 6]), np.array([50, 30, 10, 20, 40, 60, 5]), np.array([2, 0, 1])
-    # sorted by length, shortest first, all six full places in one window: 2 3 | 1 4 | 0 5 by rows of 10 20 | 30 40 | 50 60
-    assert batches_by_length(order, lengths, 2, turns).tolist() == [0, 5, 2, 3, 1, 4, 6]
 
 
 def test_full_steps_are_all_full_and_use_every_row_equally():
