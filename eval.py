@@ -331,7 +331,8 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
             samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
         kls, others = {own: np.zeros(len(questions))}, list({sft, ref or sft} - {own})
         if others:
-            kls |= zip(others, sequence_kls(load(own), [load(other) for other in others], samples.rows, setting.text.tokenizer.pad_id, setting.world).T, strict=True)
+            columns = sequence_kls(load(own), [load(other) for other in others], samples.rows, setting.text.tokenizer.pad_id, setting.world)
+            kls |= zip(others, columns.T, strict=True)
         far = {path: mean(kl, f"KL of {name}") for path, kl in kls.items()}
         distances[name] = {"kl_sft": far[sft], "kl_ref": ref and far[ref], "reference": ref and ref.name}
     return answers, distances
