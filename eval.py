@@ -10,7 +10,7 @@
 Every model answers the same test prompts with the same random numbers per prompt: answers are paired, and the same seed gives the same
 report. An answer is judged in up to three ways, a model also by how far it has gone:
 
-  reward model   the log-odds of DIR/rm (raw), and in standard deviations of its scores on demonstrations (normalised), which PPO raises
+  reward model   the log-odds of DIR/rm (raw), and in standard deviations of its scores on chosen responses (normalised), which PPO raises
   true reward    only in the built-in worlds: what the text is really worth, and whether it is well-formed at all
   wins           against the data's chosen response and against SFT's answer to the same prompt, by the true reward in worlds and by the
                  reward model elsewhere; a tie is half a win
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data import compare, pictures
 from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
-from data.examples import HUMAN, Pair, in_template
+from data.examples import HUMAN, SUMMARY, Pair, in_template
 from data.files import atomic_write, read_json, weight_files, weights_digest, write_json
 from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
@@ -162,12 +162,12 @@ def judge(answers: dict[str, Answers], questions: Sequence[Question], model: Sca
     scores = reward_scores(model, [Row("", *key) for key in different], setting.text.tokenizer.pad_id, setting.world)
     score_of = dict(zip(different, scores, strict=True))
 
-    def judged(found: Answers) -> Answers:
+    def with_worth(found: Answers) -> Answers:
         raw = np.array([score_of[row.prompt, row.response] for row in found.rows])
         true = [true_reward(world_name, q.prompt, text) for q, text in zip(questions, found.texts, strict=True)] if world_name else None
         return dataclasses.replace(found, raw=raw, true=true and np.array(true))
 
-    return {name: judged(found) for name, found in answers.items()}
+    return {name: with_worth(found) for name, found in answers.items()}
 
 
 def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question], stats: dict, setting: Setting) -> dict:
@@ -348,7 +348,7 @@ def numbers_of(best_of: str) -> list[int]:
 def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
     """Name -> of n of SFT's answers to each prompt, `first` among them, the one that the run's own reward model scores highest; name -> its KL.
 
-    That is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
+    That is not measured: it is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
     numbers, model, picker = numbers_of(setting.flags.best_of), setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel)
     draws = [first]
     for draw in range(1, numbers[-1]):
@@ -358,8 +358,7 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
     for n in numbers:
         best = scores[:n].argmax(axis=0)
         answers[f"best-of-{n}"] = Answers([draws[k].rows[i] for i, k in enumerate(best)], [draws[k].texts[i] for i, k in enumerate(best)])
-        bound = math.log(n) - (n - 1) / n
-        distances[f"best-of-{n}"] = {"kl_sft": {"n": len(questions), "mean": bound, "interval": [bound, bound]}}
+        distances[f"best-of-{n}"] = {"kl_sft": {"n": len(questions), "mean": math.log(n) - (n - 1) / n, "interval": None}}
     return answers, distances
 
 
@@ -419,19 +418,20 @@ def compare_rows(path: Path) -> None:
 
 def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: EvalFlags) -> str:
     """One model's answer to one prompt. The limits are those of the run that the folder is part of, else half of the model's context."""
-    if not folder.is_dir():
-        raise UsageError(f"--model {folder}: no such folder; give a model's, such as runs/mpo/ppo")
-    data = folder.resolve().parent / "data"
-    described = read_json(data / MANIFEST)["flags"] if (data / MANIFEST).exists() else {"data": ""}
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"--model {folder}: no model is there; give a model's folder, such as runs/mpo/ppo")
+    beside = [place / "data" / MANIFEST for place in folder.resolve().parents[:2]]  # of a stage, or of a stage's snapshot
+    described = next((read_json(path)["flags"] for path in beside if path.exists()), {"data": ""})
     half = read_json(folder / CONFIG)["max_position_embeddings"] // 2
     path = folder / "tokenizer.model"
     text = Text(Tokenizer(path), path, described.get("max_prompt", half), described.get("max_response", half))
     setting = Setting(text, world, flags)
-    template = "hh" if described["data"] == "advice" or described["data"].startswith("hh:") else described.get("template")
+    kind = {"advice": "hh", "digest": "tldr"}.get(described["data"], described["data"].partition(":")[0])
+    template = kind if kind in ("hh", "tldr") else described.get("template")
     style = "dialogue" if template == "hh" else "plain"
     if not prompt.strip():
         raise UsageError("--prompt: is empty; give some text")
-    if template and not raw and HUMAN not in prompt:
+    if template and not raw and HUMAN not in prompt and SUMMARY not in prompt:
         prompt, style = in_template(prompt, template)
     ids, shortened = encode_prompt(prompt, style, text.tokenizer, text.max_prompt)
     if not ids:

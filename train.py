@@ -32,7 +32,7 @@ import torch
 
 from data.batches import PairRow, encode_prompt, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
-from data.examples import read_prompts
+from data.examples import paths_of, read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest
 from data.flags import Parser, add_flags, flag, take_flags, typed_names
 from data.grid import GridFlags, run_grid
@@ -51,7 +51,7 @@ from model.optim import BY_SIZE, for_size
 from model.parallel import ALONE, DeviceFlags, World, bare, distribute, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.resume import LoopFlags
-from model.score import cached_logps, reference_logps, reward_scores_of_pairs
+from model.score import cached_logps, reference_logps, reward_scores_of_pairs, sha256_of
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import check_first_preference_step, has_left_reference, sampled_kl
@@ -64,7 +64,7 @@ CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
 @dataclass(frozen=True)
 class TokenizerFlags:
-    vocab_size: int | None = flag(None, "pieces of the tokenizer (default: the first of 1024, 768, 512 and 384 that the texts can fill)", positive=True)
+    vocab_size: int | None = flag(None, "pieces of the tokenizer (default: 1024, or as many as the texts can fill)", positive=True)
     file: str | None = flag(None, "use this sentencepiece model, nothing is trained (default: that of --init, in a chain that has it)")
 
 
@@ -143,10 +143,9 @@ def tokenizer_stage(run: Run) -> None:
     if init and not flags.file:  # a chain from a model starts from its tokenizer
         flags = dataclasses.replace(flags, file=str(tokenizer_file(init)))
     if flags.file:
-        if flags.vocab_size:
-            raise UsageError(f"--vocab-size {flags.vocab_size}: {flags.file} has its own; leave the flag out")
         Tokenizer(Path(flags.file))  # one that cannot be used stops the run before anything is written
-    if not run.begins("tokenizer", as_flags(flags), {"data": run.folder / "data"}):
+    file = {"file_digest": digest(Path(flags.file))} if flags.file else {}
+    if not run.begins("tokenizer", as_flags(flags) | file, {"data": run.folder / "data"}):
         return
     with run.stage("tokenizer") as (folder, _, results):
         path = folder / "tokenizer.model"
@@ -154,13 +153,7 @@ def tokenizer_stage(run: Run) -> None:
             atomic_write(path, Path(flags.file).read_bytes())
         elif run.world.is_main:
             texts = [text for pair in load_pairs(run.folder / "data", "train") for text in (pair.prompt, pair.chosen, pair.rejected)]
-            sizes = [flags.vocab_size] if flags.vocab_size else [1024, 768, 512, 384]
-            while not path.exists():
-                try:
-                    train_tokenizer(texts, path, sizes.pop(0))
-                except UsageError:
-                    if not sizes:
-                        raise
+            train_tokenizer(texts, path, flags.vocab_size)
         run.world.barrier()
         results["vocab_size"] = Tokenizer(path).vocab_size
 
@@ -170,8 +163,6 @@ def sft_stage(run: Run) -> None:
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
     tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
-        if "size" in run.given:
-            raise UsageError(f"--size {model_flags.size}: the model of --init has its own; leave one of the two out")
         parents["init"] = run.parent("sft", model_flags.init)
         model = text.load(parents["init"], LanguageModel)
     else:
@@ -200,7 +191,7 @@ def rm_stage(run: Run) -> None:
     init = run.parent("sft", flags.init)
     pad_id, world = text.tokenizer.pad_id, run.world
     flags = for_size("rm", flags, count_parameters(init))
-    if not run.begins("rm", as_flags(flags), {"init": init}):
+    if not run.begins("rm", as_flags(flags), {"init": init, "data": run.folder / "data"}):
         return
     with run.stage("rm") as (folder, _, results):
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
@@ -277,17 +268,17 @@ def part_ids(run: Run, part: str) -> set[str] | None:
 def chosen_loss(run: Run, name: str):
     """The preference loss with the flags that were typed; raises UsageError for a flag that it does not read. Also its arguments."""
     typed = {key: value for key, value in as_flags(run.take("dpo", LossFlags)).items() if value is not None}
-    known = loss_flags(PREFERENCE_LOSSES[name])
+    known, prefix = loss_flags(PREFERENCE_LOSSES[name]), "dpo-" if run.chain else ""
     foreign = sorted(set(typed) - set(known))
     if foreign:
-        raise UsageError(f"--{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
+        raise UsageError(f"--{prefix}{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
     if not arguments["beta"] > 0:
-        raise UsageError(f"--{'dpo-' if run.chain else ''}beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
+        raise UsageError(f"--{prefix}beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
     try:
         PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 3), **arguments)
     except ValueError as error:
-        raise UsageError(f"--loss {name}: {error}") from error
+        raise UsageError(f"--{prefix}loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments
 
 
@@ -299,7 +290,7 @@ def dpo_stage(run: Run) -> None:
     ref_path = run.parent("sft", flags.ref)
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
     flags = for_size("dpo", flags, count_parameters(init))
-    parents = {"init": init, "ref": ref_path, **({} if ids is None else {"split": run.folder / "split"})}
+    parents = {"init": init, "ref": ref_path, "data": run.folder / "data", **({} if ids is None else {"split": run.folder / "split"})}
     if flags.loss in READS_GAP:
         parents["rm"] = run.parent("rm")
     model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
@@ -365,10 +356,14 @@ def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[i
         ids = part_ids(run, flags.part)
         prompts = [(p.prompt, p.style) for p in load_pairs(run.folder / "data", "train") if ids is None or p.id in ids]
     held_out = {pair.prompt for part in ("validation", "test") for pair in load_pairs(run.folder / "data", part)}
-    fitting = [encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0] for prompt in dict.fromkeys(prompts) if prompt[0] not in held_out]
-    if not any(fitting):
+    different = dict.fromkeys(prompts)
+    encoded_ones = [encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0] for prompt in different if prompt[0] not in held_out]
+    fitting = [ids for ids in encoded_ones if ids]
+    if len(fitting) < len(different):
+        run.say(f"  {len(different) - len(encoded_ones)} prompts of validation or test left out, {len(encoded_ones) - len(fitting)} above --max-prompt")
+    if not fitting:
         raise DataError(f"no prompt is left to train on after those of validation and test, and those above --max-prompt {text.max_prompt}")
-    return [ids for ids in fitting if ids]
+    return fitting
 
 
 def ppo_stage(run: Run) -> None:
@@ -387,10 +382,10 @@ def ppo_stage(run: Run) -> None:
     flags = for_size("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
     same_start = weights_digest(init) == weights_digest(ref_path)
-    parents = {"init": init, "ref": ref_path, "rm": rm_path}
+    parents = {"init": init, "ref": ref_path, "rm": rm_path, "data": run.folder / "data"}
     if not flags.prompts and flags.part != "all":
         parents["split"] = run.folder / "split"
-    if not run.begins("ppo", as_flags(flags), parents):
+    if not run.begins("ppo", as_flags(flags) | {"prompts_digest": sha256_of(prompts)}, parents):
         return
     with run.stage("ppo") as (folder, metrics, results):
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
@@ -438,6 +433,8 @@ def warn_of_unhealthy(run: Run, ref: Path) -> None:
 
 def mpo(run: Run) -> None:
     """The whole chain, then the comparison of its models."""
+    if run.take("split", SplitFlags).gaps == "given":
+        check_given_gaps(run)
     for stage in CHAIN:
         STAGES[stage](run)
     if run.world.is_main:
@@ -496,6 +493,11 @@ def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
     if (take_flags(LoopFlags, run.given).save_every or 0) < 0:
         raise UsageError("--save-every: must be 0 or more")
+    if {"size", "init"} <= set(run.given):
+        raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
+    for name, place in run.given.items():
+        if name.endswith(("init", "ref", "reward_model")) and not Path(place).is_dir() and run.folder not in Path(place).parents:
+            raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if stage == "mpo" else (stage,):
         prefix = f"{name}-" if run.chain else ""
         for group in STAGE_FLAGS[name]:
@@ -503,6 +505,8 @@ def check_flags(run: Run, stage: str) -> None:
             for field, most in (("warmup", 1), ("weight_decay", math.inf), ("value_coef", math.inf)):
                 if not 0 <= getattr(flags, field, 0) <= most:
                     raise UsageError(f"--{prefix}{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
+            if isinstance(flags, TokenizerFlags) and flags.file and flags.vocab_size:
+                raise UsageError(f"--{prefix}vocab-size {flags.vocab_size}: {flags.file} has its own; leave the flag out")
             if isinstance(flags, SplitFlags):
                 with typed_names(flags, prefix):
                     check_split_flags(flags)
@@ -511,6 +515,8 @@ def check_flags(run: Run, stage: str) -> None:
                     check_ppo_flags(flags)
                 if flags.prompts and f"{prefix}part".replace("-", "_") in run.given:
                     raise UsageError(f"--{prefix}part {flags.part}: is not read with --{prefix}prompts; leave one of them out")
+                if flags.prompts:
+                    paths_of(flags.prompts)
                 if flags.prompts_per_iteration % run.world.size:
                     count, size = flags.prompts_per_iteration, run.world.size
                     raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")

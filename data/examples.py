@@ -112,19 +112,22 @@ def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None
     return [Pair(row.id, row.prompt, *row.responses, style, row.gap, where) for row, style, where in rows], left_out
 
 
-def read_prompts(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None) -> list[tuple[str, str]]:
-    """The different prompts of `spec` with their style, in order. JSONL rows need only "prompt". Errors as in `read_pairs`."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, skip_bad_rows, rejects, template)
+def read_prompts(spec: str, *, template: str | None = None) -> list[tuple[str, str]]:
+    """The different prompts of `spec` with their style, in order. JSONL rows need only "prompt". Errors as in `read_pairs`, no bad row is skipped."""
+    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, None, None, template)
     return list(dict.fromkeys((row.prompt, style) for row, style, _ in rows))
 
 
-def read_demonstrations(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None) -> list[Demonstration]:
-    """The different (prompt, response) of `spec`, in order: JSONL rows with "response", or the chosen halves of pairs. Errors as there."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_demonstration}, skip_bad_rows, rejects, template)
+def read_demonstrations(
+    spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None, template: str | None = None
+) -> tuple[list[Demonstration], dict[str, int]]:
+    """The different (prompt, response) of `spec`, in order: JSONL rows with "response", or the chosen halves of pairs; and what was left out.
+    Errors as in `read_pairs`."""
+    rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_demonstration}, skip_bad_rows, rejects, template)
     first = {}
     for row, style, where in rows:
         first.setdefault((row.prompt, row.responses[0]), Demonstration(row.prompt, row.responses[0], style, where))
-    return list(first.values())
+    return list(first.values()), left_out
 
 
 def in_template(prompt: str, template: str) -> tuple[str, str]:
@@ -224,10 +227,11 @@ def _text(row: dict, key: str, parent: str = "") -> str:
 
 
 def _read(
-    spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int, rejects: Path | None, template: str | None
+    spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int | None, rejects: Path | None, template: str | None
 ) -> tuple[list[tuple[_Example, str, str]], dict[str, int]]:
-    """The usable rows of all files of `spec` as (example, style, where), and reason -> count of the others."""
-    kind, paths = _paths(spec)
+    """The usable rows of all files of `spec` as (example, style, where), and reason -> count of the others; skip_bad_rows: None where no flag
+    of the stage could let a bad row through."""
+    kind, paths = paths_of(spec)
     if template and kind != "jsonl":
         raise UsageError(f"--template {template}: {spec} has a format of its own; templates are for jsonl:PATH")
     rows, left_out, seen, bad = [], Counter(), set(), []
@@ -248,7 +252,7 @@ def _read(
                 left_out[str(reason)] += 1
                 blank += str(reason).startswith("blank")
             except _BadRow as reason:
-                if len(bad) == skip_bad_rows:
+                if len(bad) == (skip_bad_rows or 0):
                     raise DataError(_bad_row_message(where, reason, skip_bad_rows)) from reason
                 bad.append({"where": where, "reason": str(reason), "row": line.content.decode(errors="backslashreplace")})
         if not read:
@@ -268,7 +272,7 @@ def _read(
     return rows, dict(left_out)
 
 
-def _paths(spec: str) -> tuple[str, list[Path]]:
+def paths_of(spec: str) -> tuple[str, list[Path]]:
     """The kind and the files of a spec; raises UsageError where one of them cannot be opened, before any is read."""
     kind, _, names = spec.partition(":")
     if kind not in STYLES or not all(names.split(",")):
@@ -341,10 +345,11 @@ def _object(line: _Line) -> dict:
     return row
 
 
-def _bad_row_message(where: str, reason: _BadRow, skip_bad_rows: int) -> str:
+def _bad_row_message(where: str, reason: _BadRow, skip_bad_rows: int | None) -> str:
+    skip = "" if skip_bad_rows is None else ", or skip up to N such rows with --skip-bad-rows N"
     skipped = f" ({skip_bad_rows} bad rows before it were skipped)" if skip_bad_rows else ""
     schemas = f"; {ACCEPTED}" if isinstance(reason, _BadKey) else ""
-    return f"{where}: {reason}{skipped}; correct or remove the row, or skip up to N such rows with --skip-bad-rows N{schemas}"
+    return f"{where}: {reason}{skipped}; correct or remove the row{skip}{schemas}"
 
 
 def _check_useful(example: _Example, seen: set[str]) -> None:

@@ -46,7 +46,8 @@ def add_flags(parser: argparse.ArgumentParser, group, prefix: str = "") -> None:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), choices=field.metadata.get("choices"), **options)
+            choices = field.metadata.get("choices")
+            parser.add_argument(name, type=kind, metavar=None if choices else kind.__name__.upper(), choices=choices, **options)
 
 
 def take_flags(group, given: dict, prefix: str = "", **defaults):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, UsageError
-from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, read_demonstrations, read_pairs
+from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, paths_of, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
 from data.run import begin_stage, finish_stage, locked, open_stage
@@ -46,7 +46,7 @@ class WorldFlags:
 
 
 def check_data_flags(flags: DataFlags, given: dict) -> None:
-    """Raises UsageError for flags about a world's making beside files, and the other way round."""
+    """Raises UsageError for flags about a world's making beside files, and the other way round, and for files that cannot be read."""
     if flags.data in WORLDS:
         unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
     else:
@@ -54,6 +54,9 @@ def check_data_flags(flags: DataFlags, given: dict) -> None:
         reason = "is about the built-in worlds, or --test-data takes its place"
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
+    for spec in (flags.data, flags.test_data, flags.demonstrations):
+        if spec and spec not in WORLDS:
+            paths_of(spec)
 
 
 def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False) -> None:
@@ -64,7 +67,7 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
     """
     described = dataclasses.asdict(flags) | dataclasses.asdict(world_flags) | {"seed": seed}
     if (folder / "manifest.json").exists():
-        made_with = open_stage(folder, "python train.py --stage tokenizer ...")["flags"]
+        made_with = open_stage(folder, f"python train.py --stage tokenizer --out {folder.parent}")["flags"]
         for name in given:
             if name in described and made_with[name] != described[name]:
                 raise UsageError(
@@ -98,10 +101,10 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=flags.template)
     pairs = pairs[: flags.max_pairs]
     if test_spec:
-        test, _ = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=flags.template)
+        test, of_test = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=flags.template)
         pairs, shared = without_shared_prompts(pairs, test, flags.strict)
     else:
-        test, shared = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0
+        test, shared, of_test = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0, {}
         pairs = [p for p in pairs if not is_held_out(p.prompt, flags.test_share)]
     parts = {
         "train": [p for p in pairs if not is_held_out(p.prompt, flags.validation_share, "validation")],
@@ -113,11 +116,12 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         raise DataError(f"{flags.data}: too few rows for three parts ({counts}); left out: {left_out}; give more data")
     for part, rows in parts.items():
         atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    if flags.demonstrations:
-        write_demonstrations(folder, flags, {pair.prompt for pair in test})
-    reasons = "; ".join(f"{count} left out: {reason}" for reason, count in left_out.items())
-    print(f"[data] {', '.join(f'{count} {part}' for part, count in counts.items())} pairs" + (f"; {reasons}" if reasons else ""))
-    finish_stage(folder, "data", {"pairs": counts, "left_out": left_out, "shared_with_test": shared})
+    of_demonstrations = write_demonstrations(folder, flags, {pair.prompt for pair in test}) if flags.demonstrations else {}
+    sources = {"": left_out, " of --test-data": of_test, " of --demonstrations": of_demonstrations}
+    reasons = "".join(f"; {count}{source} left out: {reason}" for source, found in sources.items() for reason, count in found.items())
+    print(f"[data] {', '.join(f'{count} {part}' for part, count in counts.items())} pairs{reasons}")
+    results = {"pairs": counts, "left_out": left_out, "left_out_of_test_data": of_test, "left_out_of_demonstrations": of_demonstrations}
+    finish_stage(folder, "data", results | {"shared_with_test": shared})
 
 
 def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) -> tuple[list[Pair], int]:
@@ -133,16 +137,20 @@ def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) ->
     return kept, shared
 
 
-def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> None:
-    """Reads --demonstrations, leaves out test prompts, and writes training and validation part."""
-    rows = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, template=flags.template)
-    rows = [row for row in rows if row.prompt not in test_prompts]
+def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> dict[str, int]:
+    """Reads --demonstrations, leaves out test prompts, and writes training and validation part; reason -> number of rows left out."""
+    rejects = folder / "demonstration-rejects.jsonl"
+    read, left_out = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, rejects=rejects, template=flags.template)
+    rows = [row for row in read if row.prompt not in test_prompts]
+    if len(rows) < len(read):
+        left_out["test prompt"] = len(read) - len(rows)
     for part, wanted in (("train", False), ("validation", True)):
         chosen = [row for row in rows if is_held_out(row.prompt, flags.validation_share, "validation") == wanted]
         if not chosen:
             raise DataError(f"{flags.demonstrations}: no row for the {part} part; give more demonstrations")
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in chosen)
         atomic_write(folder / f"demonstrations-{part}.jsonl", lines)
+    return left_out
 
 
 def load_pairs(folder: Path, part: str) -> list[Pair]:

@@ -133,7 +133,7 @@ def reward_model_report(chosen_scores: np.ndarray, rejected_scores: np.ndarray, 
     bad = np.flatnonzero(~np.isfinite(gaps))
     if bad.size:
         raise NumericalError(f"row {bad[0]} has the scores {chosen_scores[bad[0]]} and {rejected_scores[bad[0]]} ({bad.size} such rows)")
-    wins, size = _wins(gaps), np.abs(gaps)
+    wins, size = _in_order(gaps), np.abs(gaps)
     matched = np.abs(longer_by) <= 0.1 * np.maximum(chosen_lengths, rejected_lengths)
     buckets = {}
     for low, high in zip(GAP_BUCKETS, GAP_BUCKETS[1:]):
@@ -146,7 +146,7 @@ def reward_model_report(chosen_scores: np.ndarray, rejected_scores: np.ndarray, 
         "length": {
             "correlation": pearson(np.concatenate([chosen_scores, rejected_scores]), np.concatenate([chosen_lengths, rejected_lengths])),
             "correlation_of_differences": pearson(gaps, longer_by),
-            "longer_wins": accuracy(_wins(longer_by)),
+            "longer_wins": accuracy(_in_order(longer_by)),
             "length_matched": accuracy(wins[matched]),
         },
     }
@@ -154,21 +154,22 @@ def reward_model_report(chosen_scores: np.ndarray, rejected_scores: np.ndarray, 
 
 def pair_accuracy(scores: np.ndarray) -> float:
     """Share of pairs, rows of (chosen, rejected) scores (N, 2), whose chosen response scores higher; ties half."""
-    return float(_wins(scores[:, 0] - scores[:, 1]).mean())
+    return float(_in_order(scores[:, 0] - scores[:, 1]).mean())
 
 
 def reward_model_text(test: dict, scored_accuracy: float) -> str:
-    """A `reward_model_report` on test pairs in two lines; scored_accuracy: that on the training pairs as scored for the split."""
-    cells = [f"{name} {bucket['share']:.0%}: {format_interval(bucket['accuracy'])}" for name, bucket in test["buckets"].items()]
+    """A `reward_model_report` on test pairs in a few lines; scored_accuracy: that on the training pairs as scored for the split."""
+    cells = [f"{name} {bucket['share']:.0%}: {format_interval(bucket['accuracy'])} (n = {bucket['n']})" for name, bucket in test["buckets"].items()]
     return (
         f"  accuracy on test pairs {format_interval(test['accuracy'], *test['interval'])} (n = {test['n']}); the longer one wins"
         f" {test['length']['longer_wins']['accuracy']:.2f}; on pairs as scored for the split {scored_accuracy:.2f}\n"
-        f"  share and accuracy by gap: {'; '.join(cells)}; calibration error {test['calibration_error']:.3f}"
+        f"  share and accuracy by gap: {'; '.join(cells)}; calibration error {test['calibration_error']:.3f};"
+        f" correlation of score and length {format_interval(test['length']['correlation'])}"
     )
 
 
-def _wins(difference: np.ndarray) -> np.ndarray:
-    """1 where the chosen one is ahead, 1/2 for a tie, 0 where it is behind."""
+def _in_order(difference: np.ndarray) -> np.ndarray:
+    """1 where the chosen one is ahead, 1/2 for a tie, 0 where it is behind: outcomes, from differences of scores."""
     return (np.sign(difference) + 1) / 2
 
 
@@ -247,10 +248,10 @@ def preference_numbers(logps: np.ndarray, ref_logps: np.ndarray, ideal_shift: np
     numbers = {
         "chosen_shift": mean(shift[:, 0], "shift of the chosen log-probability"),
         "rejected_shift": mean(shift[:, 1], "shift of the rejected log-probability"),
-        "ranking_accuracy": share(_wins(logps[:, 0] - logps[:, 1])),
+        "ranking_accuracy": share(_in_order(logps[:, 0] - logps[:, 1])),
     }
     if ideal_shift is not None:
-        numbers["idealised_ranking_accuracy"] = share(_wins(ref_logps[:, 0] - ref_logps[:, 1] + ideal_shift))
+        numbers["idealised_ranking_accuracy"] = share(_in_order(ref_logps[:, 0] - ref_logps[:, 1] + ideal_shift))
     return numbers
 
 
@@ -313,7 +314,9 @@ def report_text(report: dict) -> str:
 
 
 def cell(value: dict | float | None) -> str:
-    """A mean or share with its interval, a bare number, or "-"."""
+    """A mean or share with its interval, a bare number, or "-"; a mean without interval is a bound."""
+    if isinstance(value, dict) and value["interval"] is None:
+        return f"at most {value['mean']:.2f}"
     return format_interval(value["mean"], *value["interval"]) if isinstance(value, dict) else format_interval(value)
 
 

@@ -41,13 +41,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import CheckpointError, NumericalError, UsageError
 from data.files import atomic_write, digest, read_json, write_json
+from data.flags import flag
 
 PARTS = ("easy", "difficult", "dropped")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -56,15 +57,12 @@ HISTOGRAM_EDGES = np.arange(-5.0, 5.5, 0.5)  # fixed, so that runs compare; 0 is
 
 @dataclass(frozen=True)
 class SplitFlags:
-    gaps: str = field(default="reward-model", metadata={
-        "help": "scores of the reward model, or what the rows of jsonl:PATH state as `gap`", "choices": ("reward-model", "given")})
-    rule: str = field(default="quantile", metadata={
-        "help": "how the pairs that are not disputed are split", "choices": ("threshold", "quantile", "random", "none")})
-    threshold: float | None = field(default=None, metadata={"help": "rule threshold: the smallest easy gap, in raw log-odds"})
-    quantile: float = field(default=0.5, metadata={"help": "rules quantile and random: which quantile of the gaps is the threshold"})
-    disputed: str = field(default="difficult", metadata={
-        "help": "where pairs go that the reward model ranks the other way round", "choices": ("difficult", "easy", "drop")})
-    per_pair: bool = field(default=False, metadata={"help": "judge every pair by its own gap, even if its prompt then is in both halves"})
+    gaps: str = flag("reward-model", "scores of the reward model, or what the rows of jsonl:PATH state as `gap`", ("reward-model", "given"))
+    rule: str = flag("quantile", "how the pairs that are not disputed are split", ("threshold", "quantile", "random", "none"))
+    threshold: float | None = flag(None, "rule threshold: the smallest easy gap, in raw log-odds")
+    quantile: float = flag(0.5, "rules quantile and random: which quantile of the gaps is the threshold")
+    disputed: str = flag("difficult", "where pairs go that the reward model ranks the other way round", ("difficult", "easy", "drop"))
+    per_pair: bool = flag(False, "judge every pair by its own gap, even if its prompt then is in both halves")
 
 
 READ_BY_RULE = {"threshold": ("threshold", "per_pair"), "quantile": ("quantile", "per_pair"), "random": ("quantile", "per_pair"),
@@ -73,10 +71,10 @@ READ_BY_RULE = {"threshold": ("threshold", "per_pair"), "quantile": ("quantile",
 
 def check_split_flags(flags: SplitFlags) -> None:
     """Raises UsageError on a value out of range, or on a flag that was set although the rule does not read it."""
-    for flag in dataclasses.fields(flags):
-        value, choices = getattr(flags, flag.name), flag.metadata.get("choices")
+    for field in dataclasses.fields(flags):
+        value, choices = getattr(flags, field.name), field.metadata["choices"]
         if choices and value not in choices:
-            raise UsageError(f"--{flag.name} {value}: choose from {', '.join(choices)}")
+            raise UsageError(f"--{field.name} {value}: choose from {', '.join(choices)}")
     for name in ("threshold", "quantile", "per_pair"):
         if name not in READ_BY_RULE[flags.rule] and getattr(flags, name) != getattr(SplitFlags, name):
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --rule {flags.rule}: leave one of them out")

@@ -24,6 +24,7 @@ import sentencepiece
 from data.errors import CheckpointError, DataError, UsageError
 from data.files import atomic_write
 
+DEFAULT_SIZE = 1024
 FLOOR = 256 + 4 + 1  # byte pieces, control pieces, newline
 LINE_LENGTH = 1000  # characters; sentencepiece skips training lines of more than 4,192 bytes, so long ones are handed over in parts
 LOWER_BLOCK = "\u2581"  # sentencepiece's own sign for a space; a text that contains it would come back with spaces
@@ -32,12 +33,14 @@ ANCHOR = "\0"  # a byte piece that merges with nothing, see Tokenizer
 PROBE = f" a\n\n  b\t</s> <0x0A>\r\n{LOWER_BLOCK}\0\u00e9\uff21\U0001f600 "  # lost by every normaliser but the identity
 
 
-def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Learns a tokenizer of exactly `vocab_size` pieces from `texts` and writes it to `path`, whole or not at all.
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int | None = None) -> None:
+    """Learns a tokenizer of exactly `vocab_size` pieces from `texts`, or of as many as they fill up to DEFAULT_SIZE, and writes it to `path`,
+    whole or not at all.
 
     The same texts in the same order give the same file. Raises UsageError, with the nearest size that works, where the texts have too
     many or too few different characters and words for `vocab_size`, and DataError where there is no text.
     """
+    exactly, vocab_size = vocab_size is not None, DEFAULT_SIZE if vocab_size is None else vocab_size
     lines = list(_training_lines(texts))
     if not lines:
         raise DataError("tokenizer: the training texts are empty; give data with text in it")
@@ -60,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             f"--vocab-size {vocab_size} is too small for the characters of these texts; the smallest possible is {needed[1]}"
         ) from error
     greatest = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if greatest < vocab_size:
+    if exactly and greatest < vocab_size:
         raise UsageError(
             f"--vocab-size {vocab_size} is more than these texts can fill; the greatest possible is {greatest}: choose that or less, "
             "or give more text"

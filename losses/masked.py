@@ -6,7 +6,7 @@ replacing only the result would still send `0 * inf = nan` back through the chai
 never by the number of columns.
 
 Here `mask` is bool, True on the real entries, and has the shape of `x`. The losses return unreduced values, so the training loop needs only
-`masked_sum` and the count of its whole optimiser step (over micro-batches and ranks); the mean is for metrics.
+`masked_sum` and the count of its whole optimiser step (over micro-batches and ranks).
 """
 
 import torch
@@ -24,11 +24,6 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     With `x` the token log-probabilities of a response this is its sequence log-probability, `seq_logp`.
     """
     return zero_padding(x, mask).sum(dim)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of all real entries of the batch, a scalar; 0 where there are none."""
-    return zero_padding(x, mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Run:
             folder = self.folder / stage
             open_stage(folder, f"python train.py --stage {stage} --out {self.folder}", (stage,))
         elif (folder := Path(given)) and ((folder / MANIFEST).exists() or (folder / FLAGS).exists()):
-            open_stage(folder, "python train.py --stage ...")
+            open_stage(folder, f"python train.py --stage {folder.name} --out {folder.parent}")
         return folder
 
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
@@ -100,6 +101,8 @@ class Run:
                     print(f"the last checkpoint is {place}; --resume goes on from the last good one", file=sys.stderr)
                 raise
             self.world.barrier()
+            if results.get("step") == -1:
+                self.say(f"warning: {name}: no validation was better than the first, so these are the weights that it started from")
             if self.world.is_main:
                 finish_stage(folder, name, results)
                 if take_flags(LoopFlags, self.given).profile and (logs := sorted(folder.rglob(METRICS))):
@@ -184,13 +187,19 @@ def encoded(run: Run, text: Text, part: str) -> list[PairRow]:
 
 
 def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
-    """What SFT imitates, as ids; rows whose prompt does not fit are left out."""
-    rows = []
+    """What SFT imitates, as ids; rows whose prompt does not fit are left out. Says what was shortened, cut or dropped."""
+    rows, counts = [], Counter()
     for index, shown in enumerate(load_demonstrations(run.folder / "data", part)):
-        prompt, _ = encode_prompt(shown.prompt, shown.style, text.tokenizer, text.max_prompt)
-        response, _ = encode_response(shown.response, text.tokenizer, text.max_response)
-        if prompt:
-            rows.append(Row(f"{part}-{index}", prompt, response))
+        prompt, shortened = encode_prompt(shown.prompt, shown.style, text.tokenizer, text.max_prompt)
+        response, cut = encode_response(shown.response, text.tokenizer, text.max_response)
+        if not prompt:
+            counts["dropped: prompt does not fit"] += 1
+            continue
+        counts["prompts shortened"] += shortened
+        counts["responses cut"] += cut
+        rows.append(Row(f"{part}-{index}", prompt, response))
+    if +counts:
+        run.say(f"  {part}: {len(rows)} demonstrations; " + ", ".join(f"{count} {reason}" for reason, count in (+counts).items()))
     if not rows:
         raise DataError(f"{run.folder / 'data'}: no {part} demonstration fits --max-prompt {text.max_prompt}; raise it")
     return rows

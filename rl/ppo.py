@@ -50,12 +50,12 @@ class PpoFlags:
     temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
     kl_coef: float = flag(0.1, "cost of one nat of KL to the reference, in units of score")
     kl_target: float | None = flag(None, "adapt the coefficient towards this KL per sequence (default: coefficient stays)", positive=True)
-    kl_horizon: float = flag(10_000.0, "responses over which the adaptive coefficient moves", positive=True)
-    kl_estimator: str = flag("k1", "k1, k2 or forward_k3 (follows the forward KL)", choices=("k1", "k2", "k3", "forward_k3"))
+    kl_horizon: float = flag(1000.0, "responses over which the adaptive coefficient moves", positive=True)
+    kl_estimator: str = flag("k1", "k1 in the reward; in the loss k2, or forward_k3, which follows the forward KL", choices=("k1", "k2", "k3", "forward_k3"))
     kl_placement: str = flag("reward", "where the KL stands", choices=("reward", "loss"))
     end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score")
     ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
-    value_clip: float | None = flag(0.2, "values move at most so far from the old ones in one round", positive=True)
+    value_clip: float = flag(0.2, "values count at most so far from the old ones in one round; 0: however far")
     value_coef: float = flag(0.1, "weight of the value loss; a large one harms a policy that shares its trunk with the critic")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     critic: str = flag("trunk", "value head on the policy's trunk, or a model of its own from the reward model", choices=("trunk", "separate"))
@@ -80,7 +80,11 @@ def check_ppo_flags(flags: PpoFlags) -> None:
         raise UsageError(f"--gae-lambda {flags.gae_lambda}, --discount {flags.discount}: both must lie within 0 and 1")
     if flags.kl_coef < 0:
         raise UsageError(f"--kl-coef {flags.kl_coef}: negative, which would reward leaving the reference")
-    for name in ("entropy_coef", "end_penalty"):
+    if flags.kl_target and flags.kl_coef == 0:
+        raise UsageError("--kl-coef 0, --kl-target: a coefficient of 0 cannot be adapted, it is only ever multiplied; start from a positive one")
+    if not 0 < flags.ratio_clip < 1:
+        raise UsageError(f"--ratio-clip {flags.ratio_clip}: must lie between 0 and 1, so that the ratio counts within 1 - clip and 1 + clip")
+    for name in ("entropy_coef", "end_penalty", "value_clip"):
         if getattr(flags, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
     if flags.kl_target is None and flags.kl_horizon != PpoFlags.kl_horizon:
@@ -122,7 +126,7 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
         x[rows, : width - 1] for x in (rollout.mask, rollout.logp, rollout.ref_logp, rollout.values, batch.advantages, batch.returns)
     )
     policy_losses, stats = policy_loss(scored.logp, old_logp, advantages, mask, flags.ratio_clip)
-    value_losses = value_loss(scored.values[:, :-1], old_values, returns, mask, flags.value_clip)
+    value_losses = value_loss(scored.values[:, :-1], old_values, returns, mask, flags.value_clip or None)
     entropy = masked_sum(scored.entropy, mask).sum()
     total = masked_sum(policy_losses, mask).sum() + flags.value_coef * masked_sum(value_losses, mask).sum() - flags.entropy_coef * entropy
     if flags.kl_placement == "loss":

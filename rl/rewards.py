@@ -4,7 +4,7 @@
     reward_t = -kl_coef * k1_t on every response token, + score on the action that ends the response           (2)
     sum over t of reward_t = score - kl_coef * sum of k1_t                                                     (3)
 
-raw is the reward model's log-odds; mean and std are those of its scores on demonstrations, fitted once and stored with its weights, so
+raw is the reward model's log-odds; mean and std are those of its scores on chosen responses, fitted once and stored with its weights, so
 that one unit of score means the same whatever the reward model. The penalty is *subtracted*, in units of score. Where the KL stands in
 the loss instead (k2), reward_t has no KL term; losses/kl.py says which placement has which gradient.
 

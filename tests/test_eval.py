@@ -285,7 +285,7 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
     assert "no temperature" in refused("--run", run, "--greedy", "--temperature", "0.5")
     assert "--temperature 0.0: must be a positive" in refused("--run", run, "--temperature", "0")
     assert '--prompt "..."' in refused("--model", run + "/sft")
-    assert "no such folder" in refused("--model", run + "/grpo", "--prompt", "Hi")
+    assert "no model is there" in refused("--model", run + "/grpo", "--prompt", "Hi")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused("--run", run)
 
@@ -336,7 +336,7 @@ def test_broken_weights_stop_the_report(plain_run, tmp_path):
 # ---- one answer
 
 
-def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(world_run, plain_run, monkeypatch):
+def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(world_run, plain_run, tmp_path, monkeypatch):
     asked, greedy = [], EvalFlags(greedy=True)
     answer = Setting.answer
 
@@ -349,7 +349,13 @@ def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(worl
     answer_prompt(world_run / "sft", "\n\nHuman: Hi\n\nAssistant:", False, ALONE, greedy)
     answer_prompt(world_run / "sft", "Name a fruit.", True, ALONE, greedy)
     answer_prompt(plain_run / "sft", "Name a fruit.", False, ALONE, greedy)
-    assert asked == ["\n\nHuman: Name a fruit.\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:", "Name a fruit.", "Name a fruit."]
+    run = copy_of(world_run, tmp_path / "run")
+    shutil.copytree(run / "sft", run / "sft" / "snapshot-00001")
+    answer_prompt(run / "sft" / "snapshot-00001", "Name a fruit.", False, ALONE, greedy)
+    wrapped = "\n\nHuman: Name a fruit.\n\nAssistant:"
+    assert asked == [wrapped, "\n\nHuman: Hi\n\nAssistant:", "Name a fruit.", "Name a fruit.", wrapped]
+    with pytest.raises(UsageError, match="no model is there; give a model's folder"):
+        answer_prompt(run, "Name a fruit.", False, ALONE, greedy)
 
 
 def test_one_answer_from_the_command_line(world_run, capsys):

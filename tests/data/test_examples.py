@@ -110,11 +110,11 @@ def test_prompts_are_different_and_in_order(tmp_path):
 
 def test_demonstrations(tmp_path):
     path = save(tmp_path / "d.jsonl", [{"prompt": "p", "response": "r"}, plain(1), {"prompt": "p", "response": "r"}])
-    assert read_demonstrations(f"jsonl:{path}") == [
-        Demonstration("p", "r", "plain", f"{path}:1"), Demonstration("p1", "good 1", "plain", f"{path}:2")
-    ]  # fmt: skip
+    shown, left_out = read_demonstrations(f"jsonl:{path}")
+    assert shown == [Demonstration("p", "r", "plain", f"{path}:1"), Demonstration("p1", "good 1", "plain", f"{path}:2")]
+    assert left_out == {"duplicate": 1}
     path = save(tmp_path / "tldr.jsonl", [comparison(), comparison(summaries=[{"text": "x"}, {"text": "second"}])])
-    (demonstration,) = read_demonstrations(f"tldr:{path}")  # the same chosen summary twice
+    (demonstration,), _ = read_demonstrations(f"tldr:{path}")  # the same chosen summary twice
     assert (demonstration.response, demonstration.style, demonstration.where) == (" second", "summary", f"{path}:1")
     path = save(tmp_path / "none.jsonl", [{"prompt": "p"}])
     with pytest.raises(DataError, match='none.jsonl:1: key "response" is missing, found prompt'):
@@ -458,7 +458,7 @@ def test_a_template_puts_plain_prompts_into_a_form(template, prompt, style, tmp_
     (pair,), _ = read_pairs(f"jsonl:{path}", template=template)
     assert (pair.prompt, pair.style, pair.chosen, pair.rejected) == (prompt, style, " Figs.", " No.")
     assert read_prompts(f"jsonl:{path}", template=template) == [(prompt, style)]
-    (shown,) = read_demonstrations(f"jsonl:{path}", template=template)
+    (shown,), _ = read_demonstrations(f"jsonl:{path}", template=template)
     assert (shown.prompt, shown.response, shown.style) == (prompt, " Figs.", style)
     assert len(shorten_prompt(prompt, style, list, len(prompt) - 5)) <= len(prompt) - 5
     with pytest.raises(UsageError, match=f"--template {template}: hh:.* has a format of its own"):

@@ -156,10 +156,10 @@ def check_reading(kind, path, rejects):
     """All three readers end with rows or a documented error that names the file; what they give is well-formed and counted."""
     spec, outcomes = f"{kind}:{path}", []
     for read in (read_pairs, read_prompts, read_demonstrations):
-        for skip in (0, 10_000):
+        for options in ({},) if read is read_prompts else ({"rejects": rejects}, {"rejects": rejects, "skip_bad_rows": 10_000}):
             rejects.unlink(missing_ok=True)
             try:
-                found = read(spec, skip_bad_rows=skip, rejects=rejects)
+                found = read(spec, **options)
             except DataError as error:
                 assert str(path) in str(error) and error.code == 3
                 str(error).encode(errors="backslashreplace")  # as it is printed

@@ -218,6 +218,8 @@ def test_vocabulary_too_large_names_the_greatest_possible(tmp_path):
     assert Tokenizer(tmp_path / "t.model").vocab_size == greatest
     with pytest.raises(UsageError, match="greatest"):
         train_tokenizer(TEXTS, tmp_path / "t.model", greatest + 1)
+    train_tokenizer(TEXTS, tmp_path / "none-asked-for.model")
+    assert Tokenizer(tmp_path / "none-asked-for.model").vocab_size == greatest
 
 
 def test_vocabulary_too_small_names_the_smallest_possible(tmp_path):

@@ -138,7 +138,7 @@ def second_opinion(policy, batch, rows, flags, kl_coef):
             surrogates = [advantage * ratio, advantage * ratio.clamp(1 - flags.ratio_clip, 1 + flags.ratio_clip)]
             old = float(rollout.values[row, t])
             errors = [(values[t] - target) ** 2]
-            if flags.value_clip is not None:
+            if flags.value_clip:
                 errors.append((values[t].clamp(old - flags.value_clip, old + flags.value_clip) - target) ** 2)
             total = total - min(surrogates) + flags.value_coef * max(errors) / 2
             total = total + flags.entropy_coef * (logps.exp() * logps).sum()
@@ -153,7 +153,7 @@ def second_opinion(policy, batch, rows, flags, kl_coef):
     [
         {},
         {"temperature": 0.7},
-        {"value_clip": None, "value_coef": 2.0},
+        {"value_clip": 0.0, "value_coef": 2.0},
         {"entropy_coef": 0.3},
         {"kl_placement": "loss", "kl_estimator": "k2"},
         {"kl_placement": "loss", "kl_estimator": "forward_k3"},
@@ -262,7 +262,7 @@ def test_no_gradient_where_the_policy_has_gone_far_enough(ratio, advantage, cut)
     assert int(metrics["clip_share"]) == (int(rollout.mask.sum()) if cut else 0) and int(metrics["overflow"]) == 0
 
 
-@pytest.mark.parametrize("value_clip", [None, 0.2])
+@pytest.mark.parametrize("value_clip", [0.0, 0.2])
 def test_values_count_at_most_a_clip_from_the_old_ones(value_clip):
     """Values 1 above the old ones, returns 3 above: clipped, the error is (0.2 - 3)^2 and has no gradient."""
     policy, batch, rollout = made()
@@ -271,7 +271,7 @@ def test_values_count_at_most_a_clip_from_the_old_ones(value_clip):
     gradient, metrics = gradient_of(policy, aims, replace(FLAGS, value_clip=value_clip))
     tokens = int(rollout.mask.sum())
     assert float(metrics["value_loss"]) == pytest.approx(tokens * (3.92 if value_clip else 2.0), rel=1e-5)
-    assert (float(gradient.abs().max()) == 0) == (value_clip is not None)
+    assert (float(gradient.abs().max()) == 0) == (value_clip > 0)
 
 
 def test_a_round_ends_at_the_target_kl():
@@ -364,7 +364,7 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(field, bad)
     batch = replace(batch, **{field: spoilt}) if field in ("advantages", "returns") else replace(batch, rollout=replace(rollout, **{field: spoilt}))
     before = weights(policy)
     with pytest.raises(NumericalError, match="ppo, iteration 7, update 0: .*not finite"):
-        run_update(policy, batch, replace(FLAGS, value_clip=None if field != "values" else 0.2), lr=0.1, iteration=7)
+        run_update(policy, batch, replace(FLAGS, value_clip=0.0 if field != "values" else 0.2), lr=0.1, iteration=7)
     assert same_weights(policy, before)
 
 
