@@ -123,6 +123,19 @@ def test_rows_that_teach_nothing_are_dropped_counted_and_told(tmp_path):
     assert sum(manifest(run / "data")["results"]["pairs"].values()) == 60
 
 
+def test_what_is_left_out_of_the_other_files_is_told_too(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [*GOOD[:5], GOOD[0], GOOD[1] | {"chosen": " "}])
+    shown = [{"prompt": row["prompt"], "response": row["chosen"]} for row in GOOD]
+    write_rows(tmp_path / "shown.jsonl", [*shown, {"prompt": "Hi.", "response": " "}, shown[6], {"prompt": 3}])
+    flags = ("--test-data", f"jsonl:{tmp_path / 'test.jsonl'}", "--demonstrations", f"jsonl:{tmp_path / 'shown.jsonl'}", "--skip-bad-rows", 1)
+    output, run = tokenizer_stage(tmp_path, GOOD, *flags)
+    results = manifest(run / "data")["results"]
+    assert results["left_out_of_test_data"] == {"duplicate": 1, "blank response": 1}
+    assert results["left_out_of_demonstrations"] == {"blank response": 1, "duplicate": 1, "bad row, skipped": 1, "test prompt": 5}
+    assert "1 of --test-data left out: duplicate" in output and "5 of --demonstrations left out: test prompt" in output
+    assert json.loads((run / "data" / "demonstration-rejects.jsonl").read_text())["where"].endswith("shown.jsonl:63")
+
+
 def test_dialogues_with_two_prompts_are_dropped(tmp_path):
     rows = [{key: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[key]}" for key in ("chosen", "rejected")} for row in GOOD]
     rows.insert(5, {"chosen": "\n\nHuman: Hi.\n\nAssistant: a", "rejected": "\n\nHuman: Hello.\n\nAssistant: b"})

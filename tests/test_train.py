@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ import eval as evaluation
 from data.batches import encode_pairs
 from data.prepare import load_pairs
 from data.split import read_split
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
 from model import parallel
 from model.checkpoint import load_model
 from model.heads import LanguageModel
@@ -246,6 +247,28 @@ def test_ppo_ablations(chain, tmp_path, name):
         assert abs(first["explained_variance"]) > 0  # the reward model's values, where a new head begins with nothing but zeros
     # whatever the ablation, an explicit --init never moves the reference
     assert sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
+
+
+def test_the_contents_of_given_files_are_part_of_the_key(chain, tmp_path):
+    run, prompts, file = copy_of(chain, tmp_path / "run", *TRAINED, "split", "tokenizer"), tmp_path / "prompts.jsonl", tmp_path / "given.model"
+    shutil.copy(chain / "tokenizer" / "tokenizer.model", file)
+    of_file = ("--stage", "tokenizer", "--out", run, "--file", file)
+    assert "made" in here(*of_file) and "is finished already" in here(*of_file)
+    train_tokenizer(["some other words, and more of them"] * 9, file)
+    assert "file_digest was" in here(*of_file, expect=2)
+    run = copy_of(chain, tmp_path / "other", "ppo")
+    runs.write_rows(prompts, [{"prompt": "Name one fruit."}])
+    of_prompts = ("--stage", "ppo", "--out", run, *BUDGETS["ppo"], "--prompts", f"jsonl:{prompts}")
+    assert "made" in here(*of_prompts) and "is finished already" in here(*of_prompts)
+    runs.write_rows(prompts, [{"prompt": "Name two fruits."}])
+    assert "prompts_digest was" in here(*of_prompts, expect=2)
+    prompts.write_text('{"prompt": 1}\n')
+    assert "prompts.jsonl:1" in (said := here(*of_prompts, expect=3)) and "--skip-bad-rows" not in said
+
+
+def test_gaps_that_are_missing_stop_a_chain_before_anything_is_trained(tmp_path):
+    message = here("--stage", "mpo", "--out", tmp_path / "run", *WORLD, *TINY, "--split-gaps", "given", expect=3)
+    assert 'has no "gap"' in message and [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
 def test_sft_can_learn_the_prompt_too(chain, tmp_path):
