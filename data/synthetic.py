@@ -19,8 +19,8 @@ Some of a writer's mistakes show in the words alone (nonsense, rudeness, absurd 
 property, a wrong person), which is harder for a reward model.
 
 The true reward is for measuring only. No stage of training calls `true_reward`; a test runs them all with it raising.
-The worlds' constants were chosen for language quality after SFT, labels and reward models; runs of DPO and PPO on earlier versions had been
-seen by then, so this choice was not blind.
+The worlds' constants were chosen for language quality after SFT, labels and reward models, but not blindly: runs of DPO and PPO on earlier
+versions had been seen by then, and one change of `digest` was taken back because of PPO.
 """
 
 import hashlib
