@@ -471,21 +471,25 @@ def plan(run: Run, stage: str) -> None:
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
-    """A parser of exactly the flags that the stage reads."""
-    parser = Parser(
-        prog=f"train.py --stage {stage}", allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=130)
-    )
-    whole = stage in ("mpo", "ablations")  # flags of all stages, by their names in the chain
+    """A parser of exactly the flags that the stage reads, its own before those that it shares with others."""
+    help_format = partial(argparse.HelpFormatter, max_help_position=36, width=130)
+    parser = Parser(prog=f"train.py --stage {stage}", usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=help_format)
     parser.add_argument("--stage", choices=(*STAGES, "ablations"), help="what to run")
-    own = ((ModelFlags,) if stage == "sft" or whole else ()) + ((LoopFlags,) if stage not in ("tokenizer", "split", "ablations") else ())
-    own += () if stage in ("tokenizer", "split", "ablations") else (PlanFlags,)
-    for group in (RunFlags, DeviceFlags, DataFlags, WorldFlags, *own):
-        add_flags(parser, group)
-    for name in CHAIN if whole else (stage,):
-        for group in STAGE_FLAGS[name]:
-            add_flags(parser, group, f"{name}_" if whole else "")
+    whole, trains = stage in ("mpo", "ablations"), stage not in ("tokenizer", "split", "ablations")
     if stage == "ablations":
-        add_flags(parser, GridFlags)
+        add_flags(parser.add_argument_group("the grid"), GridFlags)
+    for name in CHAIN if whole else (stage,):  # in a chain all stages' flags, by their names there
+        title = parser.add_argument_group(f"stage {name}")
+        for group in (*STAGE_FLAGS[name], *((ModelFlags,) if name == "sft" else ())):
+            add_flags(title, group, f"{name}_" if whole and group is not ModelFlags else "")
+    add_flags(parser.add_argument_group("this run"), RunFlags)
+    if trains:
+        add_flags(parser.add_argument_group("checkpoints, profile"), LoopFlags)
+        add_flags(parser.add_argument_group("what it would need"), PlanFlags)
+    add_flags(parser.add_argument_group("processes and devices"), DeviceFlags)
+    data = parser.add_argument_group("data", "in place when tokenizer or mpo make it; later stages take what it was made with, and refuse another")
+    add_flags(data, DataFlags)
+    add_flags(data, WorldFlags)
     return parser
 
 
