@@ -69,6 +69,7 @@ class EvalFlags:
     temperature: float = flag(1.0, "of sampled answers", positive=True)
     seed: int = flag(0, "of sampled answers")
     best_of: str | None = flag(None, "also the best of so many of SFT's answers, as DIR/rm picks them; several numbers with commas between")
+    distances: bool = flag(True, "measure KL, and log-probabilities of the pairs; without, what answers are worth alone, in half the time")
     reward_model: str | None = flag(None, "folder of the reward model that judges (default: DIR/rm)")
     batch: int = flag(128, "prompts answered at a time; changes memory and speed", positive=True)
 
@@ -230,7 +231,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
-    preferences = pair_preferences(folder, names, setting)
+    preferences = pair_preferences(folder, names, setting) if flags.distances else {}
     rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) | preferences.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
@@ -324,9 +325,11 @@ def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Questi
         own, ref = (folder / name).resolve(), reference_folder(folder, name)
         same = first.setdefault((weights_digest(own), ref), name)
         if same != name:  # a stage's best weights are those of one of its snapshots
-            answers[name], distances[name] = answers[same], distances[same]
+            answers[name], distances[name] = answers[same], distances.get(same, {})
             continue
         samples = answers[name] = setting.answer(load(own), questions, name, greedy=flags.greedy, temperature=flags.temperature)
+        if not flags.distances:
+            continue
         if flags.greedy or flags.temperature != 1:
             samples = setting.answer(load(own), questions, name, greedy=False, temperature=1.0)
         kls, others = {own: np.zeros(len(questions))}, list({sft, ref or sft} - {own})
@@ -485,7 +488,7 @@ def check_flags(given: dict) -> None:
         numbers_of(given["best_of"])
         for name in sorted({"greedy", "temperature", "judge_out"} & set(given)):
             raise UsageError(f"--{name.replace('_', '-')}: the answers of --best-of are sampled at temperature 1 and judged here; leave one of the two out")
-    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"best_of", "models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
+    mode, unread = ("--run", {"prompt", "raw"}) if "run" in given else ("--model", {"best_of", "distances", "models", "prompts", "part", "reward_model", "batch", "quick", "judge_out", "judge_in"})
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')}: is not read with {mode}; leave it out")
     if mode == "--model" and "prompt" not in given:

@@ -278,7 +278,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     asked = ["--run", ".", *models, "--seed", seed]
     asked += [word for flag in ("--device", "--dtype") if flag in grid.common for word in (flag, grid.common[flag])]
     judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
-    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(VALIDATION_PROMPTS), "--part", "validation", *judge)
+    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(VALIDATION_PROMPTS), "--part", "validation", "--no-distances", *judge)
     validation = read_json(folder / "eval" / "report.json")
     program(folder, folder / "log.txt", "eval.py", *asked, *prompts(TEST_PROMPTS))
     test = read_json(folder / "eval" / "report.json")

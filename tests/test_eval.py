@@ -200,6 +200,14 @@ def test_kl_is_on_samples_at_temperature_one_however_answers_are_decoded(report,
         assert other["dpo"]["score_raw"]["mean"] != pytest.approx(report["rows"]["dpo"]["score_raw"]["mean"], rel=1e-3)
 
 
+def test_without_distances_answers_are_worth_the_same(report, world_run):
+    compare_run(world_run, ALONE, EvalFlags(distances=False))
+    rows = read_json(world_run / "eval" / "report.json")["rows"]
+    for name in ("sft", "dpo", "ppo"):
+        measured = {"kl_sft", "kl_ref", "reference", "chosen_shift", "rejected_shift", "ranking_accuracy", "idealised_ranking_accuracy"}
+        assert rows[name] == {key: value for key, value in report["rows"][name].items() if key not in measured}
+
+
 def test_without_a_world_the_reward_model_judges(plain_run):
     compare_run(plain_run, ALONE, EvalFlags(models="dpo"))
     found = read_json(plain_run / "eval" / "report.json")
