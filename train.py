@@ -509,8 +509,8 @@ def check_flags(run: Run, stage: str) -> None:
             for field, most in (("warmup", 1), ("weight_decay", math.inf), ("value_coef", math.inf)):
                 if not 0 <= getattr(flags, field, 0) <= most:
                     raise UsageError(f"--{prefix}{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
-            if isinstance(flags, TokenizerFlags) and flags.file and flags.vocab_size:
-                raise UsageError(f"--{prefix}vocab-size {flags.vocab_size}: {flags.file} has its own; leave the flag out")
+            if isinstance(flags, TokenizerFlags) and flags.vocab_size and (given_one := flags.file or run.given.get("init")):
+                raise UsageError(f"--{prefix}vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
             if isinstance(flags, SplitFlags):
                 with typed_names(flags, prefix):
                     check_split_flags(flags)

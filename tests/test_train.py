@@ -443,6 +443,7 @@ REFUSED = [
     ("--stage mpo --ppo-reward-model nowhere", "--ppo-reward-model nowhere: no such folder"),
     ("--stage dpo --ref nowhere", "--ref nowhere: no such folder"),
     ("--stage mpo --init tests --size tiny", "--size tiny"),
+    ("--stage mpo --init tests --tokenizer-vocab-size 400", "--tokenizer-vocab-size 400"),
     ("--stage mpo --tokenizer-file x --tokenizer-vocab-size 400", "--tokenizer-vocab-size 400"),
     ("--stage mpo --test-data hh:nowhere.jsonl", "nowhere.jsonl"),
     ("--stage mpo --demonstrations jsonl:nowhere.jsonl", "nowhere.jsonl"),
