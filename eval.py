@@ -69,7 +69,7 @@ class EvalFlags:
     temperature: float = flag(1.0, "of sampled answers", positive=True)
     seed: int = flag(0, "of sampled answers")
     best_of: str | None = flag(None, "also the best of so many of SFT's answers, as DIR/rm picks them; several numbers with commas between")
-    distances: bool = flag(True, "measure KL, and log-probabilities of the pairs; without, what answers are worth alone, in half the time")
+    distances: bool = flag(True, "measure KL, and log-probabilities of the pairs; without, what answers are worth alone")
     reward_model: str | None = flag(None, "folder of the reward model that judges (default: DIR/rm)")
     batch: int = flag(128, "prompts answered at a time; changes memory and speed", positive=True)
 
@@ -84,7 +84,7 @@ class CommandFlags:
     judge_out: str | None = flag(None, "with --run and --models A,B (or A, against the data's chosen): write blind pairs of their answers here")
     judge_in: str | None = flag(None, "with --run: read verdicts on such pairs from here, and report")
     quick: bool = flag(False, f"{QUICK_PROMPTS} prompts")
-    device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in", choices=("fp32", "bf16"))
 
 
@@ -222,7 +222,8 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
-    found, distances = model_answers(folder, names, questions, setting)
+    digests = {name: weights_digest(folder / name) for name in dict.fromkeys(["sft", *names])}
+    found, distances = model_answers(folder, digests, questions, setting)
     if flags.best_of:
         picked, bounds = best_of(folder, found["sft"], questions, setting)
         found, distances = found | picked, distances | bounds
@@ -231,7 +232,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
-    preferences = pair_preferences(folder, names, setting) if flags.distances else {}
+    preferences = pair_preferences(folder, digests, setting) if flags.distances else {}
     rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) | preferences.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
@@ -316,14 +317,16 @@ def pick_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
     return questions
 
 
-def model_answers(folder: Path, names: Sequence[str], questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
-    """Name -> `Answers` of SFT and of each model; name -> its KLs, on samples at temperature 1 (the answers, where they are that)."""
+def model_answers(folder: Path, digests: dict[str, str], questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
+    """Name -> `Answers` of SFT and of each model; name -> its KLs, on samples at temperature 1 (the answers, where they are that).
+
+    digests: name -> digest of the weights, SFT's first."""
     flags, sft = setting.flags, (folder / "sft").resolve()
     load = functools.lru_cache(maxsize=3)(setting.load)  # SFT, the model and its reference
     answers, distances, first = {}, {}, {}
-    for name in dict.fromkeys(["sft", *names]):
+    for name, weights in digests.items():
         own, ref = (folder / name).resolve(), reference_folder(folder, name)
-        same = first.setdefault((weights_digest(own), ref), name)
+        same = first.setdefault((weights, ref), name)
         if same != name:  # a stage's best weights are those of one of its snapshots
             answers[name], distances[name] = answers[same], distances.get(same, {})
             continue
@@ -353,9 +356,8 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
 
     That is not measured: it is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
     numbers, model, picker = numbers_of(setting.flags.best_of), setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel)
-    draws = [first]
-    for draw in range(1, numbers[-1]):
-        draws.append(setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw))
+    more = (setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw) for draw in range(1, numbers[-1]))
+    draws = [first, *more]
     scores = np.stack([reward_scores(picker, drawn.rows, setting.text.tokenizer.pad_id, setting.world) for drawn in draws])
     answers, distances = {}, {}
     for n in numbers:
@@ -365,11 +367,10 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
     return answers, distances
 
 
-def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> dict[str, dict]:
-    """Name -> what each model makes of the labelled pairs of the part that is answered."""
+def pair_preferences(folder: Path, digests: dict[str, str], setting: Setting) -> dict[str, dict]:
+    """Name -> what each model makes of the labelled pairs of the part that is answered. digests: name -> digest of the weights."""
     tokenizer, pairs = setting.text.tokenizer, load_pairs(folder / "data", setting.flags.part)[: setting.flags.prompts]
     rows, _ = encode_pairs(pairs, tokenizer, setting.text.max_prompt, setting.text.max_response)
-    digests = {name: weights_digest(folder / name) for name in ("sft", *names)}
     different = {weights: name for name, weights in digests.items()}
     logps = {weights: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for weights, name in different.items()}
     pair_of = {pair.id: pair for pair in pairs}
@@ -377,7 +378,7 @@ def pair_preferences(folder: Path, names: Sequence[str], setting: Setting) -> di
     # a world's labels are draws of a known chance; of other data we know the label alone
     chance = np.array([choice_probability(setting.world_name, *text, 1.0, 0.0) if setting.world_name else 0.999 for text in texts]).clip(0.001, 0.999)
     found = {}
-    for name in names:
+    for name in digests:
         flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
         plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
         found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
@@ -429,8 +430,8 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     path = folder / "tokenizer.model"
     text = Text(Tokenizer(path), path, described.get("max_prompt", half), described.get("max_response", half))
     setting = Setting(text, world, flags)
-    kind = {"advice": "hh", "digest": "tldr"}.get(described["data"], described["data"].partition(":")[0])
-    template = kind if kind in ("hh", "tldr") else described.get("template")
+    form = {"advice": "hh", "digest": "tldr"}.get(described["data"], described["data"].partition(":")[0])
+    template = form if form in ("hh", "tldr") else described.get("template")
     style = "dialogue" if template == "hh" else "plain"
     if not prompt.strip():
         raise UsageError("--prompt: is empty; give some text")

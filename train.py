@@ -40,7 +40,7 @@ from data.prepare import DataFlags, WorldFlags, check_data_flags, load_pairs, pr
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
-from data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
+from data.tokenizer import DEFAULT_SIZE, Tokenizer, tokenizer_file, train_tokenizer
 from eval import EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
 from model.checkpoint import count_parameters
@@ -64,7 +64,7 @@ CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
 
 @dataclass(frozen=True)
 class TokenizerFlags:
-    vocab_size: int | None = flag(None, "pieces of the tokenizer (default: 1024, or as many as the texts can fill)", positive=True)
+    vocab_size: int | None = flag(None, f"pieces of the tokenizer (default: {DEFAULT_SIZE}, or as many as the texts can fill)", positive=True)
     file: str | None = flag(None, "use this sentencepiece model, nothing is trained (default: that of --init, in a chain that has it)")
 
 

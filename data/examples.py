@@ -229,8 +229,7 @@ def _text(row: dict, key: str, parent: str = "") -> str:
 def _read(
     spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int | None, rejects: Path | None, template: str | None
 ) -> tuple[list[tuple[_Example, str, str]], dict[str, int]]:
-    """The usable rows of all files of `spec` as (example, style, where), and reason -> count of the others; skip_bad_rows: None where no flag
-    of the stage could let a bad row through."""
+    """The usable rows of all files as (example, style, where), and reason -> count of the others; skip_bad_rows None: no flag could skip one."""
     kind, paths = paths_of(spec)
     if template and kind != "jsonl":
         raise UsageError(f"--template {template}: {spec} has a format of its own; templates are for jsonl:PATH")

@@ -46,7 +46,7 @@ class WorldFlags:
 
 
 def check_data_flags(flags: DataFlags, given: dict) -> None:
-    """Raises UsageError for flags about a world's making beside files, and the other way round, and for files that cannot be read."""
+    """Raises UsageError for flags about a world's making beside files, and the other way round."""
     if flags.data in WORLDS:
         unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
     else:
@@ -54,9 +54,6 @@ def check_data_flags(flags: DataFlags, given: dict) -> None:
         reason = "is about the built-in worlds, or --test-data takes its place"
     for name in sorted(unread & set(given)):
         raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
-    for spec in (flags.data, flags.test_data, flags.demonstrations):
-        if spec and spec not in WORLDS:
-            paths_of(spec)
 
 
 def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False) -> None:
@@ -81,6 +78,9 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         raise UsageError(f"--flip-rate {world_flags.flip_rate}: must lie within 0 and 1")
     if flags.skip_bad_rows < 0:
         raise UsageError(f"--skip-bad-rows {flags.skip_bad_rows}: must be 0 or more")
+    for spec in (flags.data, flags.test_data, flags.demonstrations):
+        if spec and spec not in WORLDS:
+            paths_of(spec)  # what cannot be read stops the run before a world is made
     with locked(folder):
         begin_stage(folder, described, {}, resume)
         try:

@@ -40,7 +40,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int | None = N
     The same texts in the same order give the same file. Raises UsageError, with the nearest size that works, where the texts have too
     many or too few different characters and words for `vocab_size`, and DataError where there is no text.
     """
-    exactly, vocab_size = vocab_size is not None, DEFAULT_SIZE if vocab_size is None else vocab_size
+    exactly = vocab_size is not None
+    vocab_size = vocab_size if exactly else DEFAULT_SIZE
     lines = list(_training_lines(texts))
     if not lines:
         raise DataError("tokenizer: the training texts are empty; give data with text in it")

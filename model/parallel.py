@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DeviceFlags:
-    device: str = flag("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")

@@ -179,11 +179,16 @@ def open_text(run: Run) -> Text:
 def encoded(run: Run, text: Text, part: str) -> list[PairRow]:
     """The pairs of a part of DIR/data as ids; says what was shortened, cut or dropped."""
     rows, counts = encode_pairs(load_pairs(run.folder / "data", part), text.tokenizer, text.max_prompt, text.max_response)
-    if counts:
-        run.say(f"  {part}: {len(rows)} pairs; " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
+    say_counts(run, f"{part}: {len(rows)} pairs", counts)
     if not rows:
         raise DataError(f"{run.folder / 'data'}: no {part} pair fits --max-prompt {text.max_prompt}; raise it")
     return rows
+
+
+def say_counts(run: Run, what: str, counts: Counter) -> None:
+    """Says how many rows were shortened, cut or dropped, where any were."""
+    if counts:
+        run.say(f"  {what}; " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
 
 
 def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
@@ -198,8 +203,7 @@ def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
         counts["prompts shortened"] += shortened
         counts["responses cut"] += cut
         rows.append(Row(f"{part}-{index}", prompt, response))
-    if +counts:
-        run.say(f"  {part}: {len(rows)} demonstrations; " + ", ".join(f"{count} {reason}" for reason, count in (+counts).items()))
+    say_counts(run, f"{part}: {len(rows)} demonstrations", +counts)
     if not rows:
         raise DataError(f"{run.folder / 'data'}: no {part} demonstration fits --max-prompt {text.max_prompt}; raise it")
     return rows

@@ -65,7 +65,7 @@ MUTATIONS = [
         ("mean over columns, padding included", "losses/masked.py",
          "mean = x.sum() / count.clamp(min=1)", "mean = x.mean()", "tests/losses/test_masked.py"),
         ("equal weights answer once, whatever their reference", "eval.py",
-         "first.setdefault((weights_digest(own), ref), name)", "first.setdefault(weights_digest(own), name)", "tests/test_eval.py"),
+         "first.setdefault((weights, ref), name)", "first.setdefault(weights, name)", "tests/test_eval.py"),
         ("the contents of --prompts are not in the key", "train.py",
          'as_flags(flags) | {"prompts_digest": sha256_of(prompts)}', "as_flags(flags)", "tests/test_train.py"),
         ("the contents of --file are not in the key", "train.py",
