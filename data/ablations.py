@@ -40,19 +40,20 @@ CORE = {
 
 
 def levels(flag: str, values: Sequence, rows: Sequence[str]) -> dict[str, Row]:
-    """The rows at each value of a flag; where a starting row is among them, it is the one at that value."""
+    """The rows at each value of a flag."""
     made = {}
     for value in values:
-        at = "@" + flag.removeprefix("--") + f"-{value}"
-        for name in rows:
-            row = CORE[name]
-            made[name + at] = Row(row.flags | {flag: value}, row.start + at if row.start in rows else row.start)
+        made |= together({flag: value}, flag.removeprefix("--") + f"-{value}", rows)
     return made
 
 
 def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str, Row]:
-    """The rows with all these flags."""
-    return {f"{name}@{at}": Row(CORE[name].flags | flags, CORE[name].start and f"{CORE[name].start}@{at}") for name in rows}
+    """The rows with all these flags; where a starting row is among them, it has them too."""
+    made = {}
+    for name in rows:
+        row = CORE[name]
+        made[f"{name}@{at}"] = Row(row.flags | flags, f"{row.start}@{at}" if row.start in rows else row.start)
+    return made
 
 
 DPO = ("dpo-all", "dpo-easy", "dpo-random")
@@ -76,7 +77,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
-    "critic": levels("--ppo-critic", ("separate",), ("ppo-all", "mpo")),
+    "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
     | together({"--annotator-bias": 1.0, "--pairs": 2_000}, "few-biased", (*DPO, "ppo-all", "mpo")),
 }

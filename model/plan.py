@@ -289,12 +289,14 @@ def fits(job: Job, gpu_memory: float) -> bool:
 
 def remedies(job: Job, gpu_memory: float, prefix: str = "") -> str:
     """The fewest flags that make the job fit; else how many GPUs would, and what this many could hold."""
+    trunk = f"--{prefix}critic trunk --{prefix}value-coef 0.1"
     steps = {
         "--dtype bf16": {"bf16": True},
         "--parallel fsdp": {"fsdp": job.world > 1},
         "--checkpoint-activations": {"checkpoint": True},
         f"--{prefix}micro-batch 1": {"micro_batch": 1},
         "--offload": {"offload": job.stage != "sft"},
+        trunk: {"own_critic": False},
     }
     steps = {name: change for name, change in steps.items() if replace(job, **change) != job}
     for count in range(1, len(steps) + 1):
@@ -302,11 +304,11 @@ def remedies(job: Job, gpu_memory: float, prefix: str = "") -> str:
             changed = {field: value for name in chosen for field, value in steps[name].items()}
             if fits(replace(job, **changed), gpu_memory):
                 return f"it fits with {' '.join(chosen)}"
-    smallest = replace(job, bf16=True, fsdp=True, checkpoint=True, micro_batch=1, offload=job.stage != "sft")
+    smallest = replace(job, bf16=True, fsdp=True, checkpoint=True, micro_batch=1, offload=job.stage != "sft", own_critic=False)
     enough = next((world for world in (2**k for k in range(1, 13)) if fits(replace(smallest, world=world), gpu_memory)), None)
     alone = replace(smallest, fsdp=job.world > 1)
     sizes = [name for name, config in SIZES.items() if fits(replace(alone, config=config), gpu_memory)]
-    frugal = "--dtype bf16 --parallel fsdp --checkpoint-activations" + (" --offload" if smallest.offload else "")
+    frugal = "--dtype bf16 --parallel fsdp --checkpoint-activations" + (" --offload" if smallest.offload else "") + (f" {trunk}" if job.own_critic else "")
     more = f"with {frugal} and --{prefix}micro-batch 1 it fits on {enough} such GPUs" if enough else "no number of such GPUs holds it"
     return f"no flag makes it fit; {more}; of the named sizes, {job.world} of them hold {', '.join(sizes) or 'none'}"
 

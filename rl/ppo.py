@@ -4,7 +4,7 @@ One iteration, in the order of `train_ppo`:
   1. responses of the current policy with everything known about them (rollout.py)
   2. per-token rewards: score at the end, KL cost on the way (rewards.py)
   3. advantages and returns (gae.py), whitened with the moments of the whole batch
-  4. a few passes of minibatches: clipped policy loss, clipped value loss (losses/ppo.py), KL in the loss where chosen
+  4. minibatches, in one pass or a few: clipped policy loss, clipped value loss (losses/ppo.py), KL in the loss where chosen
   5. the KL coefficient's next value; every so often a look at validation prompts
 
 In Mixed Preference Optimization policy and reference both start as the DPO model and the prompts are those of the difficult pairs; which
@@ -44,8 +44,8 @@ class PpoFlags:
     lr: float | None = flag(None, "peak learning rate (default: by model size, printed at the start)", positive=True)
     iterations: int = flag(40, "rounds of sampling and updating", positive=True)
     prompts_per_iteration: int = flag(128, "responses sampled per round, over all processes", positive=True)
-    passes: int = flag(2, "passes over each round's responses", positive=True)
-    minibatch: int = flag(64, "responses per optimiser step, over all processes", positive=True)
+    passes: int = flag(1, "passes over each round's responses", positive=True)
+    minibatch: int = flag(32, "responses per optimiser step, over all processes", positive=True)
     micro_batch: int = flag(16, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
     temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
     kl_coef: float = flag(0.1, "cost of one nat of KL to the reference, in units of score")
@@ -56,9 +56,9 @@ class PpoFlags:
     end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score")
     ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
     value_clip: float = flag(0.2, "values count at most so far from the old ones in one round; 0: however far")
-    value_coef: float = flag(0.1, "weight of the value loss; a large one harms a policy that shares its trunk with the critic")
+    value_coef: float = flag(0.5, "weight of the value loss; on a shared trunk so much harms the policy: take 0.1 there")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
-    critic: str = flag("trunk", "value head on the policy's trunk, or a model of its own from the reward model", choices=("trunk", "separate"))
+    critic: str = flag("separate", "a model of its own from the reward model, or a value head on the policy's trunk: faster, but noisier", choices=("separate", "trunk"))
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
     bootstrap: bool = flag(False, "a response cut at the length limit keeps the value of going on")

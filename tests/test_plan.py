@@ -59,7 +59,7 @@ def longest(run):
 
 
 CASES = [("sft", {}), ("sft", {"dtype": "bf16"}), ("rm", {"checkpoint_activations": True}), ("dpo", {"dtype": "bf16"}), ("ppo", {})]
-CASES += [("ppo", {"critic": "separate"}), ("ppo", {"offload": True})]
+CASES += [("ppo", {"critic": "trunk"}), ("ppo", {"offload": True})]
 SLOW = [(stage, extra) for stage in STEPS for extra in ({}, {"dtype": "bf16"}, {"checkpoint_activations": True}) if (stage, extra) not in CASES]
 SLOW += [("dpo", {"offload": True, "dtype": "bf16"}), ("rm", {"offload": True})]
 SLOW += [("sft", {"micro_batch": 16}), ("ppo", {"prompts_per_iteration": 64, "micro_batch": 4, "dtype": "bf16"})]
@@ -117,6 +117,8 @@ def plan(*args):
 
 def test_7b_ppo_fits_on_eight_gpus_sharded_and_the_plan_says_so():
     assert "does not fit: it fits with --parallel fsdp\n" in plan("ppo", "--world", 8)
+    trunk = "--critic trunk --value-coef 0.1"
+    assert f"does not fit: it fits with --parallel fsdp {trunk}\n" in plan("ppo", "--world", 2, "--dtype", "bf16", "--offload", "--checkpoint-activations", "--micro-batch", 1)
     assert "usable GB: fits" in plan("ppo", "--world", 8, "--parallel", "fsdp", "--dtype", "bf16", "--checkpoint-activations")
     alone = plan("ppo", "--world", 1)
     assert "no flag makes it fit" in alone and "of the named sizes, 1 of them hold tiny, mini, small, base, 1b" in alone

@@ -22,7 +22,7 @@ As it is, with DDP in fp32, every process would hold everything:
 
 $ --stage ppo --plan --size 7b --world 8
 
-Shared out with FSDP2 and in bf16 it fits, with room for longer rows; activations computed again leave more:
+Shared out with FSDP2 and in bf16 it fits, with room for longer rows where activations are computed again:
 
 $ --stage ppo --plan --size 7b --world 8 {SHARED}
 
@@ -34,9 +34,9 @@ $ --stage ppo --plan --size 7b --world 8 {SHARED} --checkpoint-activations --max
 
 $ --stage ppo --plan --size 7b --world 1 --dtype bf16 --checkpoint-activations --micro-batch 1 --offload
 
-With reference and reward model in the CPU's memory between uses, two such GPUs hold it:
+With reference and reward model in the CPU's memory between uses, and the value head on the policy's trunk, two such GPUs hold it:
 
-$ --stage ppo --plan --size 7b --world 2 {SHARED} --checkpoint-activations --micro-batch 1 --offload
+$ --stage ppo --plan --size 7b --world 2 {SHARED} --checkpoint-activations --micro-batch 1 --offload --critic trunk --value-coef 0.1
 
 $ --stage sft --plan --size 7b --world 1 --dtype bf16 --checkpoint-activations --micro-batch 1
 

@@ -172,7 +172,8 @@ PAGE = """# PPO with 7B models on 8, 64 and 1,024 processes, simulated
 Printed by `python tests/bench/scale.py` on one CPU in {minutes:.0f} minutes. The program's own sampling, looks and update ran as the first process of each
 group, with collectives that do nothing and tensors that have a shape and no numbers; what it held and what it exchanged was counted
 (`tests/test_scale.py` derives the same counts of a small model by hand). No GPU was involved: **seconds on this page are arithmetic on assumed
-speeds, bytes and counts are not**. FSDP2, bf16, activations computed again; prompts of {prompt} and responses of {response} tokens, {micro} rows in a micro-batch.
+speeds, bytes and counts are not**. The value head is on
+the policy's trunk (`--critic trunk`). FSDP2, bf16, activations computed again; prompts of {prompt} and responses of {response} tokens, {micro} rows in a micro-batch.
 
 ## What a process holds
 

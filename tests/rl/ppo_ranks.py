@@ -27,7 +27,7 @@ from rl.rollout import roll_out
 
 # Six ragged rows in minibatches of four and two: a process gets from none to three rows of one.
 BASE = replace(
-    FLAGS, lr=3e-4, prompts_per_iteration=6, minibatch=4, micro_batch=1, value_coef=0.5, clip=0.5, warmup=0.4, validations=3, snapshots=False
+    FLAGS, lr=3e-4, critic="trunk", prompts_per_iteration=6, minibatch=4, micro_batch=1, value_coef=0.5, clip=0.5, warmup=0.4, validations=3, snapshots=False
 )
 CASES = {
     # The second round's KL is 0.26: near its target, so that the controller's error is not cut.
