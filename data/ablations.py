@@ -23,7 +23,8 @@ CORE = {
     "dpo-all": Row({"--dpo-part": "all"}),
     "dpo-easy": Row(),
     "dpo-difficult": Row({"--dpo-part": "difficult"}),
-    "dpo-random": Row({"--split-rule": "random"}),
+    "dpo-random": Row({"--split-rule": "random"}),  # of the undisputed pairs, which the reward model has thus selected, too
+    "dpo-blind": Row({"--split-rule": "blind"}),
     "ppo-all": Row(FROM_SFT | {"--ppo-part": "all"}),
     "ppo-difficult": Row(FROM_SFT),
     "mpo": Row(start="dpo-easy"),
@@ -76,6 +77,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
     "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
+    "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
@@ -84,13 +86,18 @@ GROUPS: dict[str, dict[str, Row]] = {
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
     "DPO on easy pairs is at least as good as on all, and better than on others": (
-        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-difficult"),
+        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-blind"), ("dpo-easy", "dpo-difficult"),
     ),
     "the DPO model as reference beats the SFT model": (
         ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
     ),
     "MPO beats DPO alone and PPO alone": (("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts")),
     "easy before difficult beats other orders and splits": (("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo")),
+    "it is the selection that helps, not the reward model's opinion or a loss that knows of flips": (
+        ("dpo-easy", "relabelled-all"), ("dpo-easy", "soft-all"),
+        ("dpo-easy@flip-rate-0.2", "cdpo-all@flip-rate-0.2"), ("dpo-easy@flip-rate-0.2", "robust-all@flip-rate-0.2"),
+    ),
+    "training beats choosing among SFT's answers": (("mpo", "best-of-n"), ("ppo-all", "best-of-n")),
 }  # fmt: skip
 MATTERS = 0.1  # true reward: the smallest difference that would change anyone's choice; the worlds' best responses are about 3 above SFT
 

@@ -8,6 +8,7 @@ A prompt with several pairs goes whole, by its largest gap:
        threshold  easy when the largest gap >= --threshold
        quantile   the same, the threshold being that quantile of those largest gaps; ties with it are easy
        random     as many easy prompts as `quantile` gives, drawn by the seed
+       blind      the same, drawn from all prompts, whose disputed pairs go with them: nothing but the number is the reward model's
        none       no selection: both halves hold all pairs (`--disputed drop` still drops)
   2. a disputed pair goes to the half that --disputed names, unless its prompt already lives in the other half; then it is dropped, because
      no prompt may be in both halves and the flag's choice of half is not overruled:
@@ -31,6 +32,7 @@ Six pairs (E easy, D difficult, B both, - dropped):
     --per-pair (median of 2.0, 0.1, 0.0)          E     E     D     D     D     D
     --per-pair --disputed easy                    E     E     E     D     E     E
     --per-pair --rule threshold --threshold 1     E     D     D     D     D     D
+    --rule blind (seed 0 draws c)                 D     D     D     D     D     E
     --rule none                                   B     B     B     B     B     B
     --rule none --disputed drop                   B     B     -     B     -     -
 
@@ -58,15 +60,17 @@ HISTOGRAM_EDGES = np.arange(-5.0, 5.5, 0.5)  # fixed, so that runs compare; 0 is
 @dataclass(frozen=True)
 class SplitFlags:
     gaps: str = flag("reward-model", "scores of the reward model, or what the rows of jsonl:PATH state as `gap`", ("reward-model", "given"))
-    rule: str = flag("quantile", "how the pairs that are not disputed are split", ("threshold", "quantile", "random", "none"))
+    rule: str = flag("quantile", "how the pairs that are not disputed are split", ("threshold", "quantile", "random", "blind", "none"))
     threshold: float | None = flag(None, "rule threshold: the smallest easy gap, in raw log-odds")
-    quantile: float = flag(0.5, "rules quantile and random: which quantile of the gaps is the threshold")
+    quantile: float = flag(0.5, "rules quantile, random and blind: which quantile of the gaps is the threshold")
     disputed: str = flag("difficult", "where pairs go that the reward model ranks the other way round", ("difficult", "easy", "drop"))
     per_pair: bool = flag(False, "judge every pair by its own gap, even if its prompt then is in both halves")
 
 
-READ_BY_RULE = {"threshold": ("threshold", "per_pair"), "quantile": ("quantile", "per_pair"), "random": ("quantile", "per_pair"),
-                "none": ()}
+READ_BY_RULE = {
+    "threshold": ("threshold", "per_pair", "disputed"), "quantile": ("quantile", "per_pair", "disputed"),
+    "random": ("quantile", "per_pair", "disputed"), "blind": ("quantile", "per_pair"), "none": ("disputed",),
+}  # fmt: skip
 
 
 def check_split_flags(flags: SplitFlags) -> None:
@@ -75,7 +79,7 @@ def check_split_flags(flags: SplitFlags) -> None:
         value, choices = getattr(flags, field.name), field.metadata["choices"]
         if choices and value not in choices:
             raise UsageError(f"--{field.name} {value}: choose from {', '.join(choices)}")
-    for name in ("threshold", "quantile", "per_pair"):
+    for name in ("threshold", "quantile", "per_pair", "disputed"):
         if name not in READ_BY_RULE[flags.rule] and getattr(flags, name) != getattr(SplitFlags, name):
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --rule {flags.rule}: leave one of them out")
     if flags.rule == "threshold" and flags.threshold is None:
@@ -91,14 +95,14 @@ class Split:
     easy: np.ndarray  # (n,) int row numbers, ascending; likewise the next two. Disjoint, together all rows, except under rule none
     difficult: np.ndarray
     dropped: np.ndarray  # disputed pairs only
-    threshold: float | None  # the smallest gap that counts as easy; None for the rules random and none
+    threshold: float | None  # the smallest gap that counts as easy; None for the rules random, blind and none
     disputed: np.ndarray  # (N,) bool
 
 
 def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, seed: int) -> Split:
     """Sends each of N pairs to easy, difficult or dropped, by the tables above; the same input gives the same split.
 
-    prompts: the N pairs' prompts; gaps (N,): signed gaps in raw log-odds. Only the rule random reads `seed`.
+    prompts: the N pairs' prompts; gaps (N,): signed gaps in raw log-odds. Only the rules random and blind read `seed`.
     Raises UsageError on bad flags, and where a half would be empty; NumericalError on a gap that is not finite.
     """
     check_split_flags(flags)
@@ -123,20 +127,22 @@ def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, see
     judged = np.flatnonzero(largest >= 0)
     threshold = flags.threshold if flags.rule == "threshold" else float(np.quantile(largest[judged], flags.quantile))
     easy_groups = judged[largest[judged] >= threshold]
-    if flags.rule == "random":
-        easy_groups = np.random.default_rng([seed, *b"split"]).permutation(judged)[:len(easy_groups)]
+    drawn_from = np.unique(group) if flags.rule == "blind" else judged
+    if flags.rule in ("random", "blind"):
+        easy_groups = np.random.default_rng([seed, *b"split"]).permutation(drawn_from)[:len(easy_groups)]
     with_easy = np.isin(group, easy_groups)  # rows whose group went to the easy half, then to the difficult half; a row can be in neither
-    with_difficult = np.isin(group, np.setdiff1d(judged, easy_groups))
+    with_difficult = np.isin(group, np.setdiff1d(drawn_from, easy_groups))
 
     # A disputed pair goes where the flag says, unless the rest of its prompt went to the other half.
-    easy = np.where(disputed, (flags.disputed == "easy") & ~with_difficult, with_easy)
-    difficult = np.where(disputed, (flags.disputed == "difficult") & ~with_easy, with_difficult)
+    routed = disputed & (flags.rule != "blind")
+    easy = np.where(routed, (flags.disputed == "easy") & ~with_difficult, with_easy)
+    difficult = np.where(routed, (flags.disputed == "difficult") & ~with_easy, with_difficult)
     # DPO on disputed labels alone is nobody's intention, so the easy half must hold an undisputed pair; disputed prompts suffice for PPO.
     if not easy_groups.size or not difficult.any():
         empty = "difficult" if easy_groups.size else "easy"
         raise UsageError(_empty_half(empty, threshold, gaps[~disputed], largest[judged], flags))
     return Split(np.flatnonzero(easy), np.flatnonzero(difficult), np.flatnonzero(~(easy | difficult)),
-                 None if flags.rule == "random" else threshold, disputed)
+                 None if flags.rule in ("random", "blind") else threshold, disputed)
 
 
 def _empty_half(half: str, threshold: float, undisputed: np.ndarray, largest: np.ndarray, flags: SplitFlags) -> str:

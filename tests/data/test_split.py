@@ -52,7 +52,7 @@ def test_worked_table(line):
 
 def test_worked_table_is_complete():
     prompts, gaps, examples = table()
-    assert len(prompts) == len(gaps) == 6 and len(examples) == 10
+    assert len(prompts) == len(gaps) == 6 and len(examples) == 11
     assert {flags.disputed for flags in map(parse, (words for words, _ in examples))} == {"difficult", "easy", "drop"}
 
 
@@ -108,6 +108,22 @@ def test_against_pair_by_pair(rows, rule, disputed, per_pair, quantile, seed):
         expected = by_hand(prompts, gaps, flags, split.threshold)
         assert {part: [row for row, where in enumerate(expected) if where == part] for part in PARTS} == {
             part: getattr(split, part).tolist() for part in PARTS}
+
+
+def test_blind_draws_prompts_whatever_the_reward_model_thinks_of_their_pairs():
+    prompts, gaps = many()
+    easy, other = (split_pairs(prompts, gaps, SplitFlags(rule="blind"), seed) for seed in (0, 1))
+    quantile = split_pairs(prompts, gaps, SplitFlags(), 0)
+    assert len({prompts[row] for row in easy.easy}) == len({prompts[row] for row in quantile.easy}) and easy.easy.tolist() != other.easy.tolist()
+    assert sorted([*easy.easy, *easy.difficult]) == list(range(len(gaps))) and not len(easy.dropped)
+    assert not {prompts[row] for row in easy.easy} & {prompts[row] for row in easy.difficult}
+    assert easy.disputed[easy.easy].mean() == pytest.approx(easy.disputed.mean(), abs=0.03)  # as many as anywhere
+    turned = split_pairs(prompts, [-gap for gap in gaps], SplitFlags(rule="blind", quantile=0.5), 0)
+    drawn = np.random.default_rng([0, *b"split"]).permutation(len(set(prompts)))  # the same order, whatever the gaps; only the number differs
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    for split in (easy, turned):
+        there = {number[prompts[row]] for row in split.easy}
+        assert there == set(drawn[: len(there)])
 
 
 def impossible(prompts, gaps, flags):
@@ -211,7 +227,7 @@ def test_a_gap_that_is_not_finite_stops(bad):
     (dict(threshold=1.0), "--threshold has no effect"),
     (dict(rule="random", threshold=1.0), "--threshold has no effect"),
     (dict(rule="threshold", threshold=1.0, quantile=0.3), "--quantile has no effect"),
-    (dict(rule="none", per_pair=True), "--per-pair has no effect"),
+    (dict(rule="none", per_pair=True), "--per-pair has no effect"), (dict(rule="blind", disputed="easy"), "--disputed has no effect"),
     (dict(quantile=0.0), "between 0 and 1"), (dict(quantile=1.0), "between 0 and 1"), (dict(quantile=float("nan")), "between 0 and 1"),
     (dict(rule="threshold", threshold=-1.0), "0 or more"), (dict(rule="threshold", threshold=float("nan")), "0 or more"),
     (dict(rule="threshold", threshold=float("-inf")), "0 or more"),
