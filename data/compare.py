@@ -6,15 +6,18 @@ prompts by the judge (a reward model trained on other pairs) and by true reward,
 
 import csv
 import io
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from data.ablations import CLAIMS, MATTERS, ROWS
+from data.errors import DataError
 from data.report import format_interval, markdown_table, paired_difference, t_interval
 
 PICKS = {"best": "best by own validation", "last": "last", "judge": "best by the judge", "true": "best by true reward"}
-TRIALS = ("dpo-beta-", "dpo-lr-", "ppo-kl-coef-")  # rows that differ from another in one of these flags alone are trials of that row
+TRIALS = ("dpo-beta-", "dpo-lr-", "ppo-kl-coef-", "ppo-lr-")  # rows that differ from another in one of these flags alone are trials of that row
 COURSE = {  # what is kept of metrics.jsonl, and shown
     "DPO, on validation pairs": {"valid_chosen_logp": "chosen log-probability", "valid_rejected_logp": "rejected log-probability",
                                  "valid_accuracy": "accuracy of the implicit reward", "valid_kl_ref_seq": "KL to reference"},
@@ -30,10 +33,18 @@ COLUMNS = {
 
 
 def by_setting(lines: Sequence[dict]) -> dict[str, list[dict]]:
-    """The lines parted by the flags that all rows of a grid share, which are the names."""
+    """The lines parted by the flags that all rows of a grid share and by their judge, which are the names.
+
+    Raises DataError where a row is there twice for a seed: one was made before a default changed."""
     parts: dict[str, list[dict]] = {}
     for line in lines:
-        parts.setdefault(" ".join(f"{flag} {value}" for flag, value in sorted(line["setting"].items())), []).append(line)
+        judge = line["made_with"]["judge"]
+        shared = line["setting"] | ({"--judge-data": judge} if judge not in (None, line["world"]) else {})
+        parts.setdefault(" ".join(f"{flag} {value}" for flag, value in sorted(shared.items())), []).append(line)
+    for part in parts.values():
+        (task, count), *_ = Counter((line["row"], line["seed"]) for line in part).most_common(1)
+        if count > 1:
+            raise DataError(f"row {task[0]}, seed {task[1]}: there are {count} lines of it in one setting; remove all but one")
     return parts
 
 
@@ -66,23 +77,45 @@ def passed(lines: Sequence[dict], line: dict) -> list[dict]:
     return [*passed(lines, start), start["points"][start["picked"]["best"]]] if start else []
 
 
-def at_kl(line: dict, kl: float, key: str, before: Sequence[dict] = ()) -> float | None:
-    """A row's number at that KL to SFT, on the straight line between its nearest points, those `before` its own among them; SFT itself is the
-    point at 0."""
-    own = [(point["kl_sft"], point.get(key)) for point in (*before, *line["points"].values())]
-    points = sorted([(0.0, line["marks"]["sft"].get(key)), *own])
-    return None if any(value is None for _, value in points) else float(np.interp(kl, *zip(*points, strict=True)))
+def frontier(line: dict, key: str, before: Sequence[dict] = ()) -> list[tuple[float, float]]:
+    """(KL to SFT, number) of SFT, of the points `before` a row's own, and of those of its own points that one would pick when asked to stay so
+    near: on validation prompts each has a better score than all that are nearer. Nearest first. What went astray on its way is not among them."""
+    found = [(0.0, line["marks"]["sft"][key]), *((point["kl_sft"], point[key]) for point in before)]
+    highest = -math.inf
+    for name, point in sorted(line["points"].items(), key=lambda item: item[1]["kl_sft"]):
+        if (score := line["validation"][name]["score_raw"]) > highest:
+            found.append((point["kl_sft"], point[key]))
+            highest = score
+    return sorted(found)
 
 
 def at_equal_kl(a: dict, b: dict, key: str, lines: Sequence[dict] = ()) -> tuple[float, float, float] | None:
-    """The numbers of two of the lines at the largest KL to SFT that both reach, and that KL."""
-    kl = min(max(point["kl_sft"] for point in line["points"].values()) for line in (a, b))
-    values = at_kl(a, kl, key, passed(lines, a)), at_kl(b, kl, key, passed(lines, b))
-    return None if None in values else (*values, kl)
+    """The numbers of two of the lines at the KL of the nearer one's best point, and that KL; None where the farther one's is over twice as far.
+
+    The farther one is read on its frontier, straight between its points in the square root of the KL: a reward grows about so (Gao et al.,
+    arXiv 2210.10760)."""
+    kls = [at("best", "kl_sft")(line) for line in (a, b)]
+    kl = min(kls)
+    if kl <= 0 or max(kls) > 2 * kl:
+        return None
+    values = []
+    for line, own in zip((a, b), kls, strict=True):
+        places, numbers = zip(*frontier(line, key, passed(lines, line)), strict=True)
+        values.append(at("best", key)(line) if own == kl else float(np.interp(math.sqrt(kl), np.sqrt(places), numbers)))
+    return *values, kl
+
+
+def at_equal_pairs(a: dict, b: dict, key: str) -> tuple[float, float] | None:
+    """The numbers of two lines of DPO after as many pairs as the shorter one saw, on straight lines between kept weights; None for others."""
+    if any(point["online_samples"] or not point["dpo_pairs"] for line in (a, b) for point in line["points"].values()):
+        return None
+    pairs = min(at("last", "dpo_pairs")(line) for line in (a, b))
+    ways = [sorted([(0, line["marks"]["sft"][key]), *((point["dpo_pairs"], point[key]) for point in line["points"].values())]) for line in (a, b)]
+    return tuple(float(np.interp(pairs, *zip(*way, strict=True))) for way in ways)
 
 
 def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward") -> dict:
-    """a - b paired by seed: {"seeds": n, PICK: (mean, low, high), "equal_kl": (mean, low, high), "kl": mean}, less what the rows lack."""
+    """a - b paired by seed: {"seeds": n, PICK: (mean, low, high), "equal_pairs" and "equal_kl" likewise, "kl": mean}, less what the rows lack."""
     first, second = of_row(lines, a), of_row(lines, b)
     both = [(first[seed], second[seed]) for seed in first if seed in second]
     found: dict = {"seeds": len(both)}
@@ -90,21 +123,26 @@ def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward")
         values = [(at(pick, key)(x), at(pick, key)(y)) for x, y in both]
         if both and not any(None in pair for pair in values):
             found[pick] = paired_difference(*zip(*values, strict=True))
-    matched = [at_equal_kl(x, y, key, lines) for x, y in both]
-    if both and None not in matched:
+    if both and None not in (matched := [at_equal_pairs(x, y, key) for x, y in both]):
+        found["equal_pairs"] = paired_difference(*zip(*matched, strict=True))
+    if both and None not in (matched := [at_equal_kl(x, y, key, lines) for x, y in both]):
         mine, theirs, kl = zip(*matched, strict=True)
         found |= {"equal_kl": paired_difference(mine, theirs), "kl": float(np.mean(kl))}
     return found
 
 
 def verdict(difference: tuple[float, float | None, float | None] | None) -> str:
-    """What a paired difference of true rewards shows, in a word or two."""
-    if difference is None or difference[1] is None:
-        return "too few seeds"
+    """What a paired difference a - b shows of a, in a few words."""
+    if difference is None:
+        return "not comparable"
     _, low, high = difference
+    if low is None:
+        return "too few seeds"
     if low > 0 or high < 0:
         return ("better" if low > 0 else "worse") + ("" if min(abs(low), abs(high)) >= MATTERS else ", perhaps by too little to matter")
-    return f"no difference of {MATTERS:g}" if -MATTERS < low and high < MATTERS else "not shown"
+    if -MATTERS < low:
+        return f"no difference of {MATTERS:g}" if high < MATTERS else "at least as good"
+    return f"not better by {MATTERS:g}" if high < MATTERS else "not shown"
 
 
 def compared(lines: Sequence[dict]) -> str:
@@ -117,16 +155,21 @@ def compared(lines: Sequence[dict]) -> str:
         rows = [[name, count[name], *(over_seeds(list(of_row(lines, name).values()), value) for value in columns.values())] for name in names]
         return markdown_table(["", "seeds", *columns], rows)
 
-    marks = {mark: over_seeds(lines, lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
+    of_seed = {line["seed"]: line for line in lines if "@" not in line["row"]} or {line["seed"]: line for line in lines}  # all rows of a seed have its marks
+    marks = {mark: over_seeds(list(of_seed.values()), lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
+    versions = {line["code"] for line in lines}
     kinds = list(lines[0]["marks"]["sft"].get("true_reward_by_kind", {}))
     parts = [
         f"Mean over seeds with 95 % t interval; {lines[0]['prompts']} test prompts; {COLUMNS[key]}: "
-        + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value) + ".\n",
+        + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value)
+        + f". Made by {len(versions)} version{'s' * (len(versions) > 1)} of the code.\n",
+        gaps_text(list(of_seed.values())),
+        differences_text(lines, key),
         f"At the weights that are {PICKS['best']}:\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
         f"{COLUMNS[key].capitalize()}, and KL to SFT, at each of the weights that one could pick:\n",
         table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in ((key, COLUMNS[key]), ("kl_sft", "KL"))}),
-        differences_text(lines, key), trials_text(lines, key), course_text(lines),
+        trials_text(lines, key), course_text(lines),
     ]  # fmt: skip
     if kinds:
         parts += ["True reward by kind of prompt, best by own validation:\n",
@@ -134,21 +177,36 @@ def compared(lines: Sequence[dict]) -> str:
     return "\n".join(parts)
 
 
+def gaps_text(lines: Sequence[dict]) -> str:
+    """The reward model by the size of its gap, one line per seed: the first claim."""
+    buckets = lines[0]["reward_model"]["buckets"]
+    rows = [[bucket, *(over_seeds(lines, lambda line, b=bucket, what=what: line["reward_model"]["buckets"][b][what]) for what in ("share", "accuracy"))] for bucket in buckets]
+    return "Accuracy rises with the gap, and most gaps are small: the reward model on test pairs:\n\n" + markdown_table(["gap", "share of pairs", "right on labels"], rows)
+
+
 def differences_text(lines: Sequence[dict], key: str) -> str:
-    """The claims' comparisons that these lines allow. Noise in them is that of seeds; the words read the interval at equal KL."""
+    """The claims' comparisons that these lines allow, with defaults and in every setting that both rows have, and what settings change."""
+    names = names_of(lines)
+    settings = ["", *dict.fromkeys("@" + name.partition("@")[2] for name in names if "@" in name)]
+    asked = {claim: [(a + setting, b + setting) for a, b in pairs for setting in settings] for claim, pairs in CLAIMS.items()}
+    asked["what a setting changes"] = [(name, name.partition("@")[0]) for name in names if "@" in name]
     parts = [
-        f"Differences of {COLUMNS[key]}, paired by seed. Equal KL: both rows on the straight lines between their kept weights (and those that they"
-        f" started from), at the largest KL to SFT that both reach. The last column reads that interval; smaller than {MATTERS:g} does not matter.\n"
+        f"Differences of {COLUMNS[key]}, first row minus second, paired by seed. Intervals are of the noise between seeds, one comparison at a time: of twenty"
+        f" differences that are none, one is called better or worse. Words: better and worse, where 0 is outside the interval; at least as good, where -{MATTERS:g} is."
+        f" Smaller than {MATTERS:g} does not matter. Equal pairs: after as many as the one that saw fewer. Equal KL: at the best weights of the row that is nearer to SFT;"
+        f" the other where one would have stopped there, by its validation, between kept weights and those that it started from; not comparable where it is twice as far.\n"
     ]
-    for claim, pairs in CLAIMS.items():
+    header = ["", "seeds", *PICKS.values(), "at equal pairs", "at equal KL", "that KL", "shown at the best", "at equal KL"]
+    for claim, pairs in asked.items():
         rows = []
         for a, b in pairs:
             found = differences(lines, a, b, key)
             if found["seeds"]:
-                cells = [format_interval(*found[pick]) if pick in found else None for pick in (*PICKS, "equal_kl")]
-                rows.append([f"{a} - {b}", found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", verdict(found.get("equal_kl"))])
+                cells = [format_interval(*found[pick]) if pick in found else None for pick in (*PICKS, "equal_pairs", "equal_kl")]
+                words = [verdict(found.get(which)) for which in ("best", "equal_kl")]
+                rows.append([f"{a} - {b}", found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", *words])
         if rows:
-            parts += [f"Claim: {claim}.\n", markdown_table(["", "seeds", *PICKS.values(), "at equal KL", "that KL", "shown"], rows)]
+            parts += [f"{claim[0].upper()}{claim[1:]}:\n", markdown_table(header, rows)]
     return "\n".join(parts) if len(parts) > 1 else ""
 
 

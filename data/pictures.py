@@ -6,6 +6,8 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data.compare import PICKS, at, names_of, of_row
 from data.report import t_interval
 
@@ -67,38 +69,62 @@ def gaps(plt, lines: Sequence[dict]):
         axes.set_ylabel(label)
     lower.axhline(0.5, color="black", linestyle=":", linewidth=1)
     lower.set_xticks(range(len(models[0])), list(models[0]))
-    lower.set_xlabel("size of the reward gap (log-odds)")
-    upper.set_title(f"The reward model by gap ({len(models)} seeds)")
+    lower.set_xlabel("size of the reward gap (log-odds; bins differ in width)")
+    upper.set_title(f"The reward model by gap ({len(models)} seed{'s' * (len(models) > 1)})")
     return figure
 
 
+def family(name: str) -> str:
+    return "MPO" if name.startswith("mpo") else "PPO" if name.startswith("ppo") else "DPO"
+
+
 def frontier(plt, lines: Sequence[dict]):
-    """True reward and score of every kept point against KL to SFT and against samples drawn online."""
-    names = [name for name in names_of(lines) if "@" not in name][:16]
-    if not names:
+    """True reward and score of every kept point against KL to SFT and against samples drawn online; rows in three families, and best of n in each."""
+    names = [name for name in names_of(lines) if "@" not in name]
+    families = {of: [name for name in names if family(name) == of and name != "best-of-n"] for of in ("DPO", "PPO", "MPO")}
+    families = {of: some for of, some in families.items() if some}
+    if not families:
         return None
     key, label = worth(lines)
     panels = [("kl_sft", key, "KL to SFT (nats per response)", label), ("online_samples", key, "responses sampled online", label)]
     if key != "score_raw":
         panels.insert(1, ("kl_sft", "score_raw", "KL to SFT (nats per response)", "reward model's score (log-odds)"))
-    figure, every = plt.subplots(1, len(panels), layout="constrained", figsize=(5.2 * len(panels), 5.2))
-    for axes, (x, y, x_label, y_label) in zip(every, panels, strict=True):
-        for place, name in enumerate(names):
-            found = of_row(lines, name).values()
-            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-            series = {}
-            for line in found:
-                snapshots = sorted(point for point in line["points"] if "/" in point) or list(line["points"])
-                for turn, point in enumerate(snapshots):
-                    series.setdefault(turn, []).append((line["points"][point][x], line["points"][point][y]))
-            whole = [points for _, points in sorted(series.items()) if len(points) == len(found)]  # an early stop has fewer
-            axes.scatter(*zip(*sum(series.values(), []), strict=True), color=style["color"], s=5, alpha=0.5)
-            means = [[sum(column) / len(points) for column in zip(*points, strict=True)] for points in whole]
-            axes.plot(*zip(*means, strict=True), label=name, linestyle=DASHES[place // len(COLOURS) % len(DASHES)], markersize=5, linewidth=1.2, **style)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.grid(alpha=0.3)
-    every[0].legend(fontsize=7, ncols=2)
+    figure, grid = plt.subplots(
+        len(families), len(panels), layout="constrained", figsize=(4.8 * len(panels), 4 * len(families)), squeeze=False, sharex="col", sharey="col"
+    )
+    sft = {y: sum(line["marks"]["sft"][y] for line in lines) / len(lines) for y in {key, "score_raw"}}
+    for axes_of_family, (title, rows) in zip(grid, families.items(), strict=True):
+        for axes, (x, y, x_label, y_label) in zip(axes_of_family, panels, strict=True):
+            if x == "online_samples" and title == "DPO":
+                axes.axis("off")  # it samples nothing online
+                continue
+            for place, name in enumerate(rows):
+                curve(axes, list(of_row(lines, name).values()), x, y, name, COLOURS[place % 8], MARKERS[place % 8], DASHES[place // 8 % 4])
+            if x == "kl_sft":
+                axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))  # a reward grows about as the root
+                axes.plot(0, sft[y], color="black", marker="X", markersize=7, linestyle="", label="SFT", clip_on=False, zorder=5)
+                if "best-of-n" in names:
+                    curve(axes, list(of_row(lines, "best-of-n").values()), x, y, "best of n (KL at most)", "0.4", "+", ":")
+            axes.set(xlabel=x_label, ylabel=y_label, title=title)
+            axes.tick_params(labelbottom=True, labelleft=True)
+            axes.grid(alpha=0.3)
+        axes_of_family[0].legend(fontsize=7)
+    for axes in grid[0][:-1]:
+        axes.set_xlim(left=0)  # columns share it
     return figure
+
+
+def curve(axes, found: Sequence[dict], x: str, y: str, name: str, colour: str, marker: str, dash: str) -> None:
+    """One row's kept points in the order of training: single seeds as dots, their means as a line."""
+    series: dict[int, list[tuple[float, float]]] = {}
+    for line in found:
+        snapshots = sorted(point for point in line["points"] if "/" in point) or list(line["points"])
+        for turn, point in enumerate(snapshots):
+            series.setdefault(turn, []).append((line["points"][point][x], line["points"][point][y]))
+    whole = [points for _, points in sorted(series.items()) if len(points) == len(found)]  # an early stop has fewer
+    axes.scatter(*zip(*sum(series.values(), []), strict=True), color=colour, s=5, alpha=0.5)
+    means = [[sum(column) / len(points) for column in zip(*points, strict=True)] for points in whole]
+    axes.plot(*zip(*means, strict=True), label=name, linestyle=dash, color=colour, marker=marker, markersize=5, linewidth=1.2)
 
 
 def bars(plt, lines: Sequence[dict]):
@@ -124,7 +150,8 @@ def bars(plt, lines: Sequence[dict]):
 
 
 def effects(plt, lines: Sequence[dict], sweeps: Sequence[tuple[str, float, str]]):
-    """True reward against a flag's value, one line per row; a panel per flag that has more than its default."""
+    """True reward above that of the same seed's SFT against a flag's value, one line per row over the seeds that all its values have; a panel
+    per flag that has more than its default."""
     there, (key, label) = names_of(lines), worth(lines)
     panels = []
     for flag, default, x_label in sweeps:
@@ -142,13 +169,18 @@ def effects(plt, lines: Sequence[dict], sweeps: Sequence[tuple[str, float, str]]
         step = 0.012 * (max(x for at_value in values.values() for x in at_value) - min(x for at_value in values.values() for x in at_value))
         for place, (row, at_value) in enumerate(values.items()):
             aside = step * (place - len(values) / 2)  # so that intervals do not hide each other
-            points = [(x + aside, [at("best", key)(line) for line in of_row(lines, name).values()]) for x, name in sorted(at_value.items())]
+            found = {x: of_row(lines, name) for x, name in sorted(at_value.items())}
+            seeds = sorted(set.intersection(*map(set, found.values())))
+            if not seeds:
+                continue
+            gained = {x: [at("best", key)(of[seed]) - of[seed]["marks"]["sft"][key] for seed in seeds] for x, of in found.items()}
+            points = [(x + aside, values) for x, values in gained.items()]
             middles, halves = zip(*(interval_of(found) for _, found in points), strict=True)
             style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
             axes.errorbar([x for x, _ in points], middles, yerr=halves, label=row, capsize=3, linestyle=DASHES[place % len(DASHES)], **style)
             for x, found in points:
                 axes.scatter([x] * len(found), found, s=7, color=style["color"], alpha=0.6)
-        axes.set(xlabel=x_label, ylabel=label)
+        axes.set(xlabel=x_label, ylabel=f"{label}, above SFT's")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure

@@ -8,7 +8,10 @@ import pytest
 
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
-from data.compare import as_csv, at_equal_kl, at_kl, by_setting, compared, course_text, differences, names_of, over_seeds, passed, trials_text, verdict
+from data.compare import (
+    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, trials_text, verdict,
+)  # fmt: skip
+from data.errors import DataError
 
 
 def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
@@ -22,7 +25,8 @@ def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
     return {
         "row": row, "seed": seed, "key": f"{row}{seed}", "setting": setting or {"--data": "advice"}, "prompts": 20, "world": "advice",
         "marks": marks, "points": points, "picked": {"best": stage, "last": f"{stage}/snapshot-2"}, "reward_model": {"buckets": buckets},
-        "time": {"train": 60.0, "eval": 1.0},
+        "time": {"train": 60.0, "eval": 1.0}, "code": "1", "made_with": {"judge": "advice"},
+        "validation": {point: {"score_raw": numbers["kl_sft"], "true_reward": 0.0} for point, numbers in points.items()},
     }  # fmt: skip
 
 
@@ -42,12 +46,21 @@ def test_differences_are_paired_by_seed():
     assert differences(LINES, "mpo", "ppo-all") == {"seeds": 0}
 
 
-def test_rows_are_compared_at_a_kl_that_both_reach():
-    short = line("dpo-easy", 1, (1.0, 2.0, 2.0), kls=(0.2, 0.4, 0.8))
-    assert at_kl(short, 0.1, "true_reward") == pytest.approx(0.5)  # half way from SFT's 0
-    assert at_kl(short, 0.3, "true_reward") == pytest.approx(1.5)
-    mine, theirs, kl = at_equal_kl(line("mpo", 1, (1.0, 2.0, 1.5)), short, "true_reward")
-    assert (mine, theirs, kl) == pytest.approx((1.6, 2.0, 0.8))  # 1 + 0.6, of the way from 0.5 to 1
+def test_rows_are_compared_at_the_kl_of_the_nearer_ones_best_weights():
+    near = line("ppo-all", 1, (1.0, 1.8, 2.0), kls=(0.2, 0.6, 0.8))
+    mine, theirs, kl = at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), near, "true_reward")
+    part = (0.6**0.5 - 0.5**0.5) / (1 - 0.5**0.5)  # of the way from the root of 0.5, where it is 1, to that of 1, where it is 2
+    assert (mine, theirs, kl) == pytest.approx((1 + part, 1.8, 0.6))
+    assert at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), line("ppo-all", 1, (1, 2, 2), kls=(0.2, 0.4, 0.8)), "true_reward") is None
+    assert verdict(None) == "not comparable"  # the best of one is at 0.4, of the other at 1
+
+
+def test_what_validation_thinks_worse_than_something_nearer_is_not_on_the_frontier():
+    """The second weights went astray to a KL of 3, the third came back to 2."""
+    found = line("ppo-all", 1, (1.0, 9.0, 2.0), kls=(0.5, 3.0, 2.0))
+    for point, score in zip(found["points"], (0.1, 0.2, 0.3, 0.2), strict=True):
+        found["validation"][point]["score_raw"] = score
+    assert frontier(found, "true_reward") == [(0.0, 0.0), (0.5, 1.0), (2.0, 2.0)]
 
 
 def test_a_row_has_been_where_it_started_from():
@@ -55,9 +68,19 @@ def test_a_row_has_been_where_it_started_from():
     dpo, mpo = line("dpo-easy", 1, (0.5, 1.2, 1.0), kls=(0.2, 0.3, 0.4)), line("mpo", 1, (1.6, 2.0, 1.5))
     lines = [dpo, mpo]
     assert passed(lines, mpo) == [dpo["points"]["dpo"]] and passed(lines, dpo) == [] and passed([mpo], mpo) == []
-    assert at_kl(mpo, 0.4, "true_reward", passed(lines, mpo)) == pytest.approx(1.4)  # half way from 1.2 to 1.6
-    assert differences(lines, "mpo", "dpo-easy")["equal_kl"][0] == pytest.approx(1.4 - 1.0)
+    assert frontier(mpo, "true_reward", passed(lines, mpo))[:3] == [(0.0, 0.0), (0.3, 1.2), (0.5, 1.6)]
+    assert "equal_kl" not in differences(lines, "mpo", "dpo-easy")  # 0.3 against 1
     assert passed([line("dpo-easy", 1, (1, 1, 1)), mpo], line("mpo-sft-start", 1, (1, 1, 1))) == []
+
+
+def test_dpo_is_compared_after_equally_many_pairs():
+    few, many = line("dpo-easy", 1, (1.0, 2.0, 3.0)), line("dpo-all", 1, (1.0, 2.0, 4.0))
+    for found, step in ((few, 10), (many, 20)):
+        for turn, point in enumerate((*[name for name in found["points"] if "/" in name], "dpo"), 1):
+            found["points"][point] = found["points"][point] | {"dpo_pairs": step * (2 if point == "dpo" else turn)}
+    assert at_equal_pairs(few, many, "true_reward") == pytest.approx((3.0, 1.5))  # after 30: the last of one, half-way from 20 to 40 of the other
+    assert at_equal_pairs(few, line("mpo", 1, (1, 2, 3)) | {"points": {"ppo": {"online_samples": 8, "dpo_pairs": 3}}}, "true_reward") is None
+    assert differences([few, many], "dpo-easy", "dpo-all")["equal_pairs"][0] == pytest.approx(1.5)
 
 
 def judged(found, scores):
@@ -95,10 +118,11 @@ def test_the_course_of_training_is_its_beginning_middle_and_end():
 
 
 def test_verdicts():
-    assert verdict(None) == verdict((1.0, None, None)) == "too few seeds"
+    assert verdict((1.0, None, None)) == "too few seeds"
     assert verdict((0.5, 0.2, 0.8)) == "better" and verdict((-0.5, -0.8, -0.2)) == "worse"
     assert verdict((0.1, 0.02, 0.2)) == "better, perhaps by too little to matter"
     assert verdict((0.0, -0.05, 0.05)) == "no difference of 0.1"
+    assert verdict((0.1, -0.05, 0.3)) == "at least as good" and verdict((-0.1, -0.3, 0.05)) == "not better by 0.1"
     assert verdict((0.3, -0.1, 0.7)) == "not shown"
 
 
@@ -118,6 +142,27 @@ def test_the_report_has_every_row_and_the_claims_it_can_judge():
 def test_settings_are_not_mixed():
     parts = by_setting([*LINES, line("mpo", 1, (1, 2, 3), setting={"--data": "digest"})])
     assert list(parts) == ["--data advice", "--data digest"] and [len(part) for part in parts.values()] == [5, 1]
+    other_judge = line("mpo", 1, (1, 2, 3)) | {"made_with": {"judge": "hh:1234"}}
+    assert list(by_setting([*LINES, other_judge])) == ["--data advice", "--data advice --judge-data hh:1234"]
+
+
+def test_a_row_that_is_there_twice_is_an_error():
+    with pytest.raises(DataError, match="row mpo, seed 2: there are 2 lines"):
+        by_setting([*LINES, line("mpo", 2, (1, 2, 3))])
+
+
+def test_settings_are_compared_with_the_default_and_with_each_other():
+    lines = [*LINES, line("mpo@flip-rate-0.2", 1, (1, 1.5, 1)), line("dpo-easy@flip-rate-0.2", 1, (1, 1, 1))]
+    text = compared(lines)
+    assert "| mpo@flip-rate-0.2 - dpo-easy@flip-rate-0.2 | 1 | 0.50 |" in text and "| mpo@flip-rate-0.2 - mpo | 1 | -0.50 |" in text
+
+
+def test_marks_count_seeds_once():
+    """Two seeds, whatever the number of rows: SFT at 0 and 1."""
+    lines = [line(row, seed, (1, 2, 1.5)) for row in ("mpo", "dpo-easy", "ppo-all") for seed in (1, 2)]
+    for found in lines:
+        found["marks"] = found["marks"] | {"sft": found["marks"]["sft"] | {"true_reward": float(found["seed"] - 1)}}
+    assert "sft 0.50 [-5.85, 6.85]" in compared(lines)
 
 
 def test_csv_has_a_row_per_point():

@@ -116,6 +116,16 @@ def test_lines_that_are_no_verdict_are_named(asked, tmp_path, line):
         read_verdicts(tmp_path / "in.jsonl", keys)
 
 
+@pytest.mark.parametrize("count", [20, 40, 60])
+def test_verdicts_belong_to_the_questions_that_they_have_most_of(tmp_path, count):
+    """Pairs were written three times, the fewer among the more."""
+    for written in (20, 40, 60):
+        write_questions(tmp_path / f"{written}.jsonl", tmp_path / "keys", NAMES, made_up(written), "dialogue", 0)
+    rows = [json.loads(line) for line in (tmp_path / f"{count}.jsonl").read_text().splitlines()]
+    key, first_won = read_verdicts(write(tmp_path / "in.jsonl", by_true_reward(rows)), tmp_path / "keys")
+    assert len(key) == len(first_won) == count + 2
+
+
 def test_signs_that_end_a_line_elsewhere_end_none_here(tmp_path):
     """Texts may hold U+2028, U+0085 and their like, and a judge may write them down as they are."""
     odd = "\u2028 \u2029 \x85 \x1c \x0b"
