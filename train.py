@@ -535,8 +535,19 @@ def grid(given: dict) -> None:
         raise UsageError("--seed: a grid has --seeds, with commas between")
     folder = Path(given.get("out", "runs/ablations"))
     flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
-    rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid})
+    rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid}, defaults())
     print(f"\nnext: python eval.py --compare {rows}")
+
+
+def defaults() -> dict[str, object]:
+    """The default of every flag that changes a model, in the chain's names, with what a default of None stands for."""
+    groups = {**STAGE_FLAGS, "": (DataFlags, WorldFlags, ModelFlags)}
+    fields = [(f"{stage}-".lstrip("-"), field) for stage, some in groups.items() for group in some for field in dataclasses.fields(group)]
+    found = {prefix + field.name: field.default for prefix, field in fields}
+    found |= {f"{stage}-{name}": list(by_size) for stage, table in BY_SIZE.items() for name, by_size in table.items()}
+    for loss, function in PREFERENCE_LOSSES.items():
+        found |= {f"dpo-{name} of {loss}": default for name, (_, default, _) in loss_flags(function).items()}
+    return {"--" + name.replace("_", "-"): value for name, value in found.items()}
 
 
 def given_again(given: dict, stage: str) -> bool:

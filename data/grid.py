@@ -61,12 +61,15 @@ class Grid:
     rows: Path
     common: dict[str, object]
     judge_data: str | None
+    defaults: dict[str, object]
 
 
-def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
-    """Runs every row that has no line yet and returns the rows file. `given`: the flags that were typed for all rows, by name.
+def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, object]) -> Path:
+    """Runs every row that has no line yet and returns the rows file. `given`: the flags that were typed for all rows, by name; `defaults`:
+    those of all flags, in the chain's names.
 
-    Raises UsageError for names and seeds that are none, or for flags that rows decide; at the end the failure of the first row that failed.
+    Raises UsageError for names and seeds that are none, for flags that rows decide, or where a finished row was made with other defaults; at
+    the end the failure of the first row that failed.
     """
     common = {"--" + name.replace("_", "-"): value for name, value in given.items()}
     if decided := sorted(flag for flag in common if re.fullmatch(r"--(dpo|ppo)-(init|ref|part|prompts|reward-model)", flag)):
@@ -74,12 +77,14 @@ def run_grid(out: Path, flags: GridFlags, given: dict) -> Path:
     data = common.setdefault("--data", "advice")
     if data in WORLDS and not common.get("--quick"):
         common.setdefault("--test-prompts", TEST_PROMPTS)
-    grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None))
+    grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None), defaults)
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")
     wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
-    known = {line["key"] for line in read_rows(grid.rows)}
+    known = {line["key"]: line for line in read_rows(grid.rows)}
     pending = [task for task in wanted if row_key(grid, *task) not in known]
+    for name, seed in set(wanted) - set(pending):
+        check_defaults(grid, known[row_key(grid, name, seed)])
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
     failed = run_tasks(grid, pending, flags.jobs)
     if defects := [error for error in failed if not isinstance(error, Stop)]:
@@ -126,6 +131,25 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
 
 
 # What a row is known by
+
+def row_defaults(grid: Grid, name: str) -> dict[str, object]:
+    """The defaults of all flags that a row's stages, and those of the rows that it starts from, could have read."""
+    stages, row = set(BASE), name
+    while row:
+        stages, row = stages | {last_stage(row)}, ROWS[row].start
+    others = {*BASE, *STAGES} - stages
+    return {flag: value for flag, value in grid.defaults.items() if flag.split("-")[2] not in others}
+
+
+def check_defaults(grid: Grid, line: dict) -> None:
+    """Raises UsageError where a finished row was made with a default that has changed since: its key has only what was typed."""
+    for flag, then in line["defaults"].items():
+        if flag in grid.defaults and grid.defaults[flag] != then:
+            raise UsageError(
+                f"{grid.rows}: row {line['row']}, seed {line['seed']} was made when {flag} was {then} by default, and now it is {grid.defaults[flag]};"
+                " remove its line to make it again, or give another --rows"
+            )
+
 
 def row_key(grid: Grid, name: str, seed: int) -> str:
     """A digest of everything that a row's numbers follow from, the code apart."""
@@ -280,7 +304,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
     program(folder, folder / "log.txt", "eval.py", *asked, *prompts(VALIDATION_PROMPTS), "--part", "validation", "--no-distances", *judge)
     validation = read_json(folder / "eval" / "report.json")
-    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(TEST_PROMPTS))
+    program(folder, folder / "log.txt", "eval.py", *asked, *prompts(TEST_PROMPTS), *([] if validation["world"] else judge))
     test = read_json(folder / "eval" / "report.json")
     points = {point: plain(test["rows"][point]) | cost(grid, name, seed, point) for point in test["rows"] if point.startswith(last)}
     kept = [point for point in points if point != last] or [last]  # in the order of training, or of n
@@ -291,6 +315,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     results = read_json(folder / last / MANIFEST)["results"] if last in STAGES else {}
     return {
         "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
+        "defaults": row_defaults(grid, name),
         "setting": {flag: content(value) for flag, value in grid.common.items()},
         "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
         "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},

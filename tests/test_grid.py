@@ -10,7 +10,7 @@ from runs import TINY, WORLD, command, here
 from data import grid
 from data.ablations import Row
 from data.errors import UsageError
-from train import build_parser
+from train import build_parser, defaults
 
 ROWS = ("dpo-easy", "best-of-n", "mpo")
 
@@ -88,12 +88,24 @@ def test_a_finished_grid_runs_nothing_and_needs_no_folders(made, tmp_path):
     assert "2 rows, 2 of them finished already" in output and not (tmp_path / "elsewhere").exists()
 
 
+def test_a_row_made_with_another_default_is_not_taken_for_todays(made, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    found = {line["row"]: line for line in lines(made[0] / "rows.jsonl")}
+    assert found["mpo"]["defaults"]["--ppo-critic"] == "separate" and not any(flag.startswith("--ppo") for flag in found["dpo-easy"]["defaults"])
+    assert found["mpo"]["defaults"]["--dpo-beta of dpo"] == 1.0 and found["mpo"]["defaults"]["--sft-lr"][0] == 4e-3
+    found["mpo"]["defaults"] |= {"--ppo-critic": "trunk", "--ppo-of-old": 1}  # a flag that is gone says nothing
+    rows.write_text("".join(json.dumps(line) + "\n" for line in found.values()))
+    output = here("--stage", "ablations", "--out", tmp_path, "--rows", rows, "--only", "mpo", "--seeds", 1, *WORLD, *TINY, expect=2)
+    assert "row mpo, seed 1 was made when --ppo-critic was trunk by default, and now it is separate" in output
+    here("--stage", "ablations", "--out", tmp_path, "--rows", rows, "--only", "dpo-easy", "--seeds", 1, *WORLD, *TINY)
+
+
 def test_other_flags_are_another_row(made):
     given = {"data": "advice", "pairs": 200}
     keys = set()
     for change, judge in (({}, "advice"), ({"dpo_lr": 1e-3}, "advice"), ({"pairs": 100}, "advice"), ({}, None)):
         common = {"--" + name.replace("_", "-"): value for name, value in (given | change).items()}
-        keys.add(grid.row_key(grid.Grid(made[0], made[0], common, judge), "mpo", 1))
+        keys.add(grid.row_key(grid.Grid(made[0], made[0], common, judge, {}), "mpo", 1))
     assert len(keys) == 4
 
 
@@ -114,7 +126,7 @@ def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_p
     given = vars(build_parser("ablations").parse_args([str(word) for word in (*WORLD, *TINY)]))
     del given["stage"]
     with pytest.raises(UsageError, match=r"train.py --stage dpo stopped with exit code 2; read .*broken-1-\w+/log.txt"):
-        grid.run_grid(folder, grid.GridFlags(only="broken,after-broken,fine", seeds="1"), given)
+        grid.run_grid(folder, grid.GridFlags(only="broken,after-broken,fine", seeds="1"), given, defaults())
     assert [line["row"] for line in lines(folder / "rows.jsonl")] == [*ROWS, "fine"]
     assert "--lr -1.0: must be a positive" in next((folder / "runs").glob("broken-1-*/log.txt")).read_text()
 
