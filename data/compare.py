@@ -157,6 +157,7 @@ def compared(lines: Sequence[dict]) -> str:
 
     of_seed = {line["seed"]: line for line in lines if "@" not in line["row"]} or {line["seed"]: line for line in lines}  # all rows of a seed have its marks
     marks = {mark: over_seeds(list(of_seed.values()), lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
+    shown = ({"true_reward": "true reward"} if world else {}) | {"score_raw": "score", "kl_sft": "KL"}
     versions = {line["code"] for line in lines}
     kinds = list(lines[0]["marks"]["sft"].get("true_reward_by_kind", {}))
     parts = [
@@ -167,8 +168,8 @@ def compared(lines: Sequence[dict]) -> str:
         differences_text(lines, key),
         f"At the weights that are {PICKS['best']}:\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
-        f"{COLUMNS[key].capitalize()}, and KL to SFT, at each of the weights that one could pick:\n",
-        table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in ((key, COLUMNS[key]), ("kl_sft", "KL"))}),
+        "At each of the weights that one could pick (a score that rises while the true reward falls is over-optimisation):\n",
+        table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in shown.items()}),
         trials_text(lines, key), course_text(lines),
     ]  # fmt: skip
     if kinds:
@@ -257,13 +258,17 @@ def course_text(lines: Sequence[dict]) -> str:
 
 
 def as_csv(lines: Sequence[dict]) -> str:
-    """Every point of every line as one row of CSV."""
+    """Every point of every line as one row of CSV; columns of validation have the judge's score."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["setting", "row", "seed", "point", "picked", *COLUMNS])
+    kinds = sorted({kind for line in lines for kind in line["marks"]["sft"].get("true_reward_by_kind", {})})
+    on_validation = ("score_raw", "true_reward")
+    writer.writerow(["setting", "row", "seed", "point", "picked", *COLUMNS, *(f"validation_{what}" for what in on_validation), "minutes", *kinds])
     for setting, part in by_setting(lines).items():
         for line in part:
             for point, numbers in line["points"].items():
                 picks = " ".join(pick for pick, name in line["picked"].items() if name == point)
-                writer.writerow([setting, line["row"], line["seed"], point, picks, *(numbers.get(column) for column in COLUMNS)])
+                measured = [*(numbers.get(column) for column in COLUMNS), *(line["validation"][point].get(what) for what in on_validation)]
+                by_kind = [numbers.get("true_reward_by_kind", {}).get(kind) for kind in kinds]
+                writer.writerow([setting, line["row"], line["seed"], point, picks, *measured, line["time"]["train"] / 60, *by_kind])
     return file.getvalue()

@@ -170,6 +170,7 @@ def test_csv_has_a_row_per_point():
     assert len(rows) == 5 * 4
     best = next(row for row in rows if row["row"] == "mpo" and row["seed"] == "2" and row["point"] == "ppo")
     assert best["picked"] == "best" and float(best["true_reward"]) == 3.0 and best["kl_ref"] == ""
+    assert (float(best["validation_score_raw"]), float(best["minutes"]), float(best["list"])) == (1.0, 1.0, 1.5)
 
 
 def test_pictures_of_whatever_rows_there_are(tmp_path):
