@@ -143,8 +143,11 @@ def row_defaults(grid: Grid, name: str) -> dict[str, object]:
 
 def check_defaults(grid: Grid, line: dict) -> None:
     """Raises UsageError where a finished row was made with a default that has changed since: its key has only what was typed."""
+    typed, made = set(), line["made_with"]
+    while made:
+        typed, made = typed | set(made["flags"]), made["start"]
     for flag, then in line["defaults"].items():
-        if flag in grid.defaults and grid.defaults[flag] != then:
+        if flag in grid.defaults and flag.partition(" ")[0] not in typed and grid.defaults[flag] != then:
             raise UsageError(
                 f"{grid.rows}: row {line['row']}, seed {line['seed']} was made when {flag} was {then} by default, and now it is {grid.defaults[flag]};"
                 " remove its line to make it again, or give another --rows"

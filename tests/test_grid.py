@@ -94,6 +94,7 @@ def test_a_row_made_with_another_default_is_not_taken_for_todays(made, tmp_path)
     assert found["mpo"]["defaults"]["--ppo-critic"] == "separate" and not any(flag.startswith("--ppo") for flag in found["dpo-easy"]["defaults"])
     assert found["mpo"]["defaults"]["--dpo-beta of dpo"] == 1.0 and found["mpo"]["defaults"]["--sft-lr"][0] == 4e-3
     found["mpo"]["defaults"] |= {"--ppo-critic": "trunk", "--ppo-of-old": 1}  # a flag that is gone says nothing
+    found["dpo-easy"]["defaults"] |= {"--pairs": 1}  # nor does one that was typed
     rows.write_text("".join(json.dumps(line) + "\n" for line in found.values()))
     output = here("--stage", "ablations", "--out", tmp_path, "--rows", rows, "--only", "mpo", "--seeds", 1, *WORLD, *TINY, expect=2)
     assert "row mpo, seed 1 was made when --ppo-critic was trunk by default, and now it is separate" in output
