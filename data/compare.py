@@ -53,6 +53,11 @@ def of_row(lines: Sequence[dict], name: str) -> dict[int, dict]:
     return {line["seed"]: line for line in sorted(lines, key=lambda line: line["seed"]) if line["row"] == name}
 
 
+def one_per_seed(lines: Sequence[dict]) -> list[dict]:
+    """A line of each seed, of no sweep where there is one: all rows of a seed share its reward model and the marks."""
+    return list({line["seed"]: line for line in sorted(lines, key=lambda line: "@" not in line["row"])}.values())
+
+
 def names_of(lines: Sequence[dict]) -> list[str]:
     """Rows that have lines, in the order of the table."""
     there = {line["row"] for line in lines}
@@ -155,8 +160,7 @@ def compared(lines: Sequence[dict]) -> str:
         rows = [[name, count[name], *(over_seeds(list(of_row(lines, name).values()), value) for value in columns.values())] for name in names]
         return markdown_table(["", "seeds", *columns], rows)
 
-    of_seed = {line["seed"]: line for line in lines if "@" not in line["row"]} or {line["seed"]: line for line in lines}  # all rows of a seed have its marks
-    marks = {mark: over_seeds(list(of_seed.values()), lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
+    marks = {mark: over_seeds(one_per_seed(lines), lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
     shown = ({"true_reward": "true reward"} if world else {}) | {"score_raw": "score", "kl_sft": "KL"}
     versions = {line["code"] for line in lines}
     kinds = list(lines[0]["marks"]["sft"].get("true_reward_by_kind", {}))
@@ -164,7 +168,7 @@ def compared(lines: Sequence[dict]) -> str:
         f"Mean over seeds with 95 % t interval; {lines[0]['prompts']} test prompts; {COLUMNS[key]}: "
         + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value)
         + f". Made by {len(versions)} version{'s' * (len(versions) > 1)} of the code.\n",
-        gaps_text(list(of_seed.values())),
+        gaps_text(one_per_seed(lines)),
         differences_text(lines, key),
         f"At the weights that are {PICKS['best']}:\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
@@ -182,7 +186,7 @@ def gaps_text(lines: Sequence[dict]) -> str:
     """The reward model by the size of its gap, one line per seed: the first claim."""
     buckets = lines[0]["reward_model"]["buckets"]
     rows = [[bucket, *(over_seeds(lines, lambda line, b=bucket, what=what: line["reward_model"]["buckets"][b][what]) for what in ("share", "accuracy"))] for bucket in buckets]
-    return "Accuracy rises with the gap, and most gaps are small: the reward model on test pairs:\n\n" + markdown_table(["gap", "share of pairs", "right on labels"], rows)
+    return "Claim: accuracy rises with the gap, and most gaps are small. The reward model on test pairs:\n\n" + markdown_table(["gap", "share of pairs", "right on labels"], rows)
 
 
 def differences_text(lines: Sequence[dict], key: str) -> str:
@@ -190,7 +194,7 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
     names = names_of(lines)
     settings = ["", *dict.fromkeys("@" + name.partition("@")[2] for name in names if "@" in name)]
     asked = {claim: [(a + setting, b + setting) for a, b in pairs for setting in settings] for claim, pairs in CLAIMS.items()}
-    asked["what a setting changes"] = [(name, name.partition("@")[0]) for name in names if "@" in name]
+    asked["a setting changes something"] = [(name, name.partition("@")[0]) for name in names if "@" in name]
     parts = [
         f"Differences of {COLUMNS[key]}, first row minus second, paired by seed. Intervals are of the noise between seeds, one comparison at a time: of twenty"
         f" differences that are none, one is called better or worse. Words: better and worse, where 0 is outside the interval; at least as good, where -{MATTERS:g} is."
@@ -207,7 +211,7 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
                 words = [verdict(found.get(which)) for which in ("best", "equal_kl")]
                 rows.append([f"{a} - {b}", found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", *words])
         if rows:
-            parts += [f"{claim[0].upper()}{claim[1:]}:\n", markdown_table(header, rows)]
+            parts += [f"Claim: {claim}.\n", markdown_table(header, rows)]
     return "\n".join(parts) if len(parts) > 1 else ""
 
 

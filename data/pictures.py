@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.compare import PICKS, at, names_of, of_row
+from data.compare import PICKS, at, names_of, of_row, one_per_seed
 from data.report import t_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -53,9 +53,15 @@ def interval_of(values: Sequence[float]) -> tuple[float, float]:
     return middle, 0.0 if low is None else middle - low
 
 
+def mean_mark(lines: Sequence[dict], mark: str, key: str) -> float:
+    """A number of SFT, the chosen or the best responses, as a mean over seeds."""
+    found = one_per_seed(lines)
+    return sum(line["marks"][mark][key] for line in found) / len(found)
+
+
 def gaps(plt, lines: Sequence[dict]):
     """Share of test pairs and accuracy of the reward model by the size of the gap."""
-    models = list({line["seed"]: line["reward_model"]["buckets"] for line in lines if "@" not in line["row"]}.values())
+    models = [line["reward_model"]["buckets"] for line in one_per_seed([line for line in lines if "@" not in line["row"]])]
     if not models:
         return None
     figure, (upper, lower) = plt.subplots(2, 1, layout="constrained", figsize=(6, 5), sharex=True)
@@ -75,6 +81,7 @@ def gaps(plt, lines: Sequence[dict]):
 
 
 def family(name: str) -> str:
+    """Which of the three pictures a row is in."""
     return "MPO" if name.startswith("mpo") else "PPO" if name.startswith("ppo") else "DPO"
 
 
@@ -92,7 +99,7 @@ def frontier(plt, lines: Sequence[dict]):
     figure, grid = plt.subplots(
         len(families), len(panels), layout="constrained", figsize=(4.8 * len(panels), 4 * len(families)), squeeze=False, sharex="col", sharey="col"
     )
-    sft = {y: sum(line["marks"]["sft"][y] for line in lines) / len(lines) for y in {key, "score_raw"}}
+    sft = {y: mean_mark(lines, "sft", y) for y in (key, "score_raw")}
     for axes_of_family, (title, rows) in zip(grid, families.items(), strict=True):
         for axes, (x, y, x_label, y_label) in zip(axes_of_family, panels, strict=True):
             if x == "online_samples" and title == "DPO":
@@ -131,7 +138,7 @@ def bars(plt, lines: Sequence[dict]):
     """One bar per row with its t interval, best by own validation; an open mark at the last point."""
     names = [name for name in names_of(lines) if "@" not in name] or names_of(lines)
     key, label = worth(lines)
-    sft = sum(line["marks"]["sft"][key] for line in lines) / len(lines)  # where bars begin: what a row adds
+    sft = mean_mark(lines, "sft", key)  # where bars begin: what a row adds
     figure, axes = plt.subplots(layout="constrained", figsize=(7, 0.3 * len(names) + 1.6))
     for place, name in enumerate(names):
         found = list(of_row(lines, name).values())
@@ -141,7 +148,7 @@ def bars(plt, lines: Sequence[dict]):
         axes.scatter(values, [place] * len(values), color="black", s=9, zorder=3, label="one seed" if not place else None)
         axes.scatter([sum(last) / len(last)], [place], facecolors="none", edgecolors=COLOURS[1], marker="D", s=40, zorder=4, label="last" if not place else None)
     for mark, dash in (("sft", ":"), ("chosen", "--")):
-        axes.axvline(sum(line["marks"][mark][key] for line in lines) / len(lines), color="black", linestyle=dash, linewidth=1, label=mark)
+        axes.axvline(mean_mark(lines, mark, key), color="black", linestyle=dash, linewidth=1, label=mark)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(label)

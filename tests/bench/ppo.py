@@ -138,7 +138,7 @@ def main() -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     prompts = torch.randint(4, VOCAB, (flags.episodes, flags.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    own = PpoFlags(lr=LR, passes=flags.passes, minibatch=flags.episodes, micro_batch=flags.micro_batch, clip=1e9)
+    own = PpoFlags(lr=LR, passes=flags.passes, minibatch=flags.episodes, micro_batch=flags.micro_batch, value_coef=0.1, clip=1e9)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for seed, (name, kind) in enumerate({"policy": LanguageModel, "reference": LanguageModel, "reward": ScalarModel}.items()):
