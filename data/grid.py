@@ -82,9 +82,10 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")
     wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
     known = {line["key"]: line for line in read_rows(grid.rows)}
-    pending = [task for task in wanted if row_key(grid, *task) not in known]
-    for name, seed in set(wanted) - set(pending):
-        check_defaults(grid, known[row_key(grid, name, seed)])
+    keys = {task: row_key(grid, *task) for task in wanted}
+    pending = [task for task in wanted if keys[task] not in known]
+    for line in (known[key] for key in keys.values() if key in known):
+        check_defaults(grid, line)
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
     failed = run_tasks(grid, pending, flags.jobs)
     if defects := [error for error in failed if not isinstance(error, Stop)]:
