@@ -48,7 +48,7 @@ from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
 from model.optim import BY_SIZE, for_size
-from model.parallel import ALONE, DeviceFlags, World, bare, distribute, exit_code, start
+from model.parallel import ALONE, DeviceFlags, ProcessFlags, World, bare, distribute, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.resume import LoopFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs, sha256_of
@@ -486,7 +486,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     if trains:
         add_flags(parser.add_argument_group("checkpoints, profile"), LoopFlags)
         add_flags(parser.add_argument_group("what it would need"), PlanFlags)
-    add_flags(parser.add_argument_group("processes and devices"), DeviceFlags)
+    add_flags(parser.add_argument_group("processes and devices"), ProcessFlags if stage in ("tokenizer", "split") else DeviceFlags)
     data = parser.add_argument_group("data", "in place when tokenizer or mpo make it; later stages take what it was made with, and refuse another")
     add_flags(data, DataFlags)
     add_flags(data, WorldFlags)

@@ -79,6 +79,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
     "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
+    "budget": levels("--ppo-iterations", (5, 10), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),  # 40 is the default
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
     | together({"--annotator-bias": 1.0, "--pairs": 2_000}, "few-biased", (*DPO, "ppo-all", "mpo")),

@@ -27,8 +27,9 @@ COURSE = {  # what is kept of metrics.jsonl, and shown
 COLUMNS = {
     "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
     "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
-    "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy", "tokens": "tokens", "ended": "ended",
-    "dpo_pairs": "DPO pairs seen", "online_samples": "samples online",
+    "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy",
+    "idealised_ranking_accuracy": "that of DPO's optimum", "tokens": "tokens", "ended": "ended", "dpo_pairs": "DPO pairs seen",
+    "online_samples": "samples online",
 }  # fmt: skip
 
 

@@ -42,6 +42,7 @@ TEST_PROMPTS, VALIDATION_PROMPTS = 2000, 500
 JUDGE_SEED = 100_000  # added to a seed for the judge's pairs: far from every seed that anyone types
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
+OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}  # of all stages but those without a network
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,9 @@ def typed(flags: dict[str, object]) -> list[str]:
 
 def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, cwd: Path | None = None) -> None:
     """One stage of a run with those of the flags that it reads."""
+    others = OF_DATA | OF_MODEL | (OF_NETWORKS if name in ("tokenizer", "split") else set())
     # of no stage in particular: device, dtype, --quick
-    everywhere = {flag: v for flag, v in flags.items() if not re.match(r"--(tokenizer|sft|rm|split|dpo|ppo)-", flag) and flag not in OF_DATA | OF_MODEL}
+    everywhere = {flag: v for flag, v in flags.items() if not re.match(r"--(tokenizer|sft|rm|split|dpo|ppo)-", flag) and flag not in others}
     own = stage_flags(flags, name)
     if name in ("tokenizer", "sft"):
         own |= {flag: value for flag, value in flags.items() if flag in (OF_DATA if name == "tokenizer" else OF_MODEL)}

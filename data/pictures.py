@@ -14,8 +14,9 @@ from data.report import t_interval
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS, DASHES = "os^Dvp*X", ("-", "--", "-.", ":")
 INSTALL = 'pip install "matplotlib>=3.8,<4"'
-SWEEPS = {  # file -> (flag, default, what it is, title)
+SWEEPS = {  # file -> (flag, default, what it is) of each panel
     "threshold": (("split-quantile", 0.5, "quantile of the gaps from which a pair is easy"),),
+    "budget": (("ppo-iterations", 40, "rounds of PPO, 128 responses each"),),
     "noise": (
         ("label-temperature", 1.0, "label temperature"), ("flip-rate", 0.0, "share of flipped labels"), ("annotator-bias", 0.0, "annotator's liking of length"),
     ),

@@ -29,13 +29,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class DeviceFlags:
+class ProcessFlags:
     device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    rank_timeout: int = flag(600, "seconds that processes wait for one of them before all end", positive=True)
+
+
+@dataclass(frozen=True)
+class DeviceFlags(ProcessFlags):
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
     offload: bool = flag(False, "keep models that do not learn (reference, reward model) in the CPU's memory between uses")
-    rank_timeout: int = flag(600, "seconds that processes wait for one of them before all end", positive=True)
 
 
 @dataclass(frozen=True)

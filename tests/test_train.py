@@ -490,6 +490,9 @@ def test_help_lists_exactly_the_flags_of_the_stage():
     assert re.search(r"--beta ", described) and re.search(r"--lr ", described)
     assert "--kl-coef" not in described and "--folds" not in described and "--dpo-lr" not in described
     assert "--dpo-lr" in here("--stage", "mpo", "--help")
+    for stage in ("tokenizer", "split"):  # which have no network
+        described = here("--stage", stage, "--help")
+        assert "--device" in described and not any(flag in described for flag in ("--dtype", "--parallel", "--offload", "--checkpoint-activations"))
 
 
 def cpu_seconds(*args):

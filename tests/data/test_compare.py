@@ -177,7 +177,7 @@ def test_pictures_of_whatever_rows_there_are(tmp_path):
     pytest.importorskip("matplotlib")
     assert {path.stem for path in pictures.draw(LINES, tmp_path / "few")} == {"gaps", "frontier", "rows"}
     every = [line(name, seed, (1.0, 2.0, 3.0)) for name in ROWS for seed in (1, 2)]
-    assert {path.stem for path in pictures.draw(every, tmp_path / "all")} == {"gaps", "frontier", "rows", "threshold", "noise"}
+    assert {path.stem for path in pictures.draw(every, tmp_path / "all")} == {"gaps", "frontier", "rows", "threshold", "budget", "noise"}
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "all").iterdir())
     sweeps = [line(name, 1, (1.0, 2.0, 3.0)) for name in ROWS if name not in CORE]
     assert "threshold" in {path.stem for path in pictures.draw(sweeps, tmp_path / "sweeps")}
