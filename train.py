@@ -254,8 +254,9 @@ def split_stage(run: Run) -> None:
 
 
 def check_given_gaps(run: Run) -> None:
-    """Raises DataError where a training pair states no gap of its own."""
-    without = next((pair.where for pair in load_pairs(run.folder / "data", "train") if pair.gap is None), None)
+    """Raises DataError where a pair of training or validation states no gap of its own."""
+    pairs = (pair for part in ("train", "validation") for pair in load_pairs(run.folder / "data", part))
+    without = next((pair.where for pair in pairs if pair.gap is None), None)
     if without:
         raise DataError(f'{without}: has no "gap", which --gaps given needs in every pair; give it, or split by the reward model\'s')
 
@@ -290,8 +291,10 @@ def dpo_stage(run: Run) -> None:
     ref_path = run.parent("sft", flags.ref)
     ids, pad_id = part_ids(run, flags.part), text.tokenizer.pad_id
     flags = for_size("dpo", flags, count_parameters(init))
-    parents = {"init": init, "ref": ref_path, "data": run.folder / "data", **({} if ids is None else {"split": run.folder / "split"})}
-    if flags.loss in READS_GAP:
+    parents = {"init": init, "ref": ref_path, "data": run.folder / "data"}
+    if ids is not None:
+        parents["split"] = run.folder / "split"
+    if ids is not None or flags.loss in READS_GAP:
         parents["rm"] = run.parent("rm")
     model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
     if not run.begins("dpo", as_flags(flags) | arguments, parents):
@@ -300,6 +303,9 @@ def dpo_stage(run: Run) -> None:
         ref = distribute(ref, world, frozen=True)
         train = [row for row in encoded(run, text, "train") if ids is None or row.id in ids]
         validation = encoded(run, text, "validation")
+        gaps = reward_gaps(parents["rm"], text, validation, world) if "rm" in parents else None
+        if ids is not None:
+            validation = validation_part(run, validation, gaps, flags.part)
         both = train + validation
         key = {
             "weights": weights_digest(ref_path),
@@ -314,7 +320,6 @@ def dpo_stage(run: Run) -> None:
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
         same_start = weights_digest(init) == key["weights"]
-        gaps = reward_gaps(parents["rm"], text, validation, world) if "rm" in parents else None
         model = distribute(model, world)
         prompts, seed = validation_prompts(run, text, 64), stable_hash(run.flags.seed, "dpo", "watch")
 
@@ -323,8 +328,9 @@ def dpo_stage(run: Run) -> None:
             return has_left_reference(numbers, flags.max_kl, flags.max_fall, run.say)
 
         at_first = partial(check_first_preference_step, flags.loss, arguments, world) if same_start else lambda numbers: None
+        objective = preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device, gaps if flags.loss in READS_GAP else None)
         results |= fit(
-            model, preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device, gaps), train, validation, flags,
+            model, objective, train, validation, flags,
             stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
             saving=run.saving(folder, text), at_first=at_first, at_validation=watch,
         )  # fmt: skip
@@ -341,6 +347,24 @@ def reward_gaps(rm: Path, text: Text, validation: list[PairRow], world: World) -
     scores = reward_scores_of_pairs(distribute(text.load(rm, ScalarModel), world, frozen=True), validation, text.tokenizer.pad_id, world)
     of_validation = {row.id: chosen - rejected for row, (chosen, rejected) in zip(validation, scores.tolist(), strict=True)}
     return {line["id"]: line["chosen"] - line["rejected"] for line in lines} | of_validation
+
+
+def validation_part(run: Run, rows: list[PairRow], gaps: dict[str, float], part: str) -> list[PairRow]:
+    """Those of the validation rows that the split would have put into this part; all, which is said, where there are none.
+
+    A model that learns from pairs with a large gap is surer than labels of all pairs allow: their loss rises, and would end its training,
+    while it still gets better (tests/results/ablations.md)."""
+    made = read_json(run.folder / "split" / MANIFEST)
+    flags = SplitFlags(**{field.name: made["flags"][field.name] for field in dataclasses.fields(SplitFlags)})
+    if flags.rule == "quantile":  # that of the training pairs
+        flags = dataclasses.replace(flags, rule="threshold", threshold=made["results"]["threshold"], quantile=SplitFlags.quantile)
+    pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "validation")}
+    own = [pair_of[row.id].gap if flags.gaps == "given" else gaps[row.id] for row in rows]
+    split = split_pairs([pair_of[row.id].prompt for row in rows], np.array(own), flags, made["flags"]["seed"], may_be_empty=True)
+    found = [rows[i] for i in getattr(split, part)]
+    if not found:
+        run.say(f"  no validation pair is {part}; validation looks at all of them")
+    return found or rows
 
 
 def sampling(text: Text, flags: PpoFlags, mean: float, std: float) -> Sampling:

@@ -99,11 +99,11 @@ class Split:
     disputed: np.ndarray  # (N,) bool
 
 
-def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, seed: int) -> Split:
+def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, seed: int, *, may_be_empty: bool = False) -> Split:
     """Sends each of N pairs to easy, difficult or dropped, by the tables above; the same input gives the same split.
 
     prompts: the N pairs' prompts; gaps (N,): signed gaps in raw log-odds. Only the rules random and blind read `seed`.
-    Raises UsageError on bad flags, and where a half would be empty; NumericalError on a gap that is not finite.
+    Raises UsageError on bad flags, and where a half would be empty unless it may be; NumericalError on a gap that is not finite.
     """
     check_split_flags(flags)
     gaps = np.asarray(gaps, dtype=np.float64)
@@ -113,7 +113,7 @@ def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, see
     if bad.size:
         raise NumericalError(f"the reward gap of row {bad[0]} is {gaps[bad[0]]} ({bad.size} such rows): look at the scores of that pair")
     disputed = gaps < 0
-    if disputed.all() and (flags.rule != "none" or flags.disputed == "drop"):
+    if not may_be_empty and disputed.all() and (flags.rule != "none" or flags.disputed == "drop"):
         raise UsageError(f"the reward model disputes all {len(gaps)} pairs, so none is easy: was it trained? are the labels swapped?")
     if flags.rule == "none":
         kept = ~(disputed & (flags.disputed == "drop"))
@@ -125,7 +125,7 @@ def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, see
     largest = np.full(len(gaps), -np.inf)
     np.maximum.at(largest, group, gaps)
     judged = np.flatnonzero(largest >= 0)
-    threshold = flags.threshold if flags.rule == "threshold" else float(np.quantile(largest[judged], flags.quantile))
+    threshold = flags.threshold if flags.rule == "threshold" else float(np.quantile(largest[judged], flags.quantile)) if judged.size else np.inf
     easy_groups = judged[largest[judged] >= threshold]
     drawn_from = np.unique(group) if flags.rule == "blind" else judged
     if flags.rule in ("random", "blind"):
@@ -138,7 +138,7 @@ def split_pairs(prompts: Sequence[str], gaps: np.ndarray, flags: SplitFlags, see
     easy = np.where(routed, (flags.disputed == "easy") & ~with_difficult, with_easy)
     difficult = np.where(routed, (flags.disputed == "difficult") & ~with_easy, with_difficult)
     # DPO on disputed labels alone is nobody's intention, so the easy half must hold an undisputed pair; disputed prompts suffice for PPO.
-    if not easy_groups.size or not difficult.any():
+    if not may_be_empty and (not easy_groups.size or not difficult.any()):
         empty = "difficult" if easy_groups.size else "easy"
         raise UsageError(_empty_half(empty, threshold, gaps[~disputed], largest[judged], flags))
     return Split(np.flatnonzero(easy), np.flatnonzero(difficult), np.flatnonzero(~(easy | difficult)),

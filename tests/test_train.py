@@ -19,12 +19,13 @@ import data.digest
 import data.synthetic
 import eval as evaluation
 from data.batches import encode_pairs
+from data.errors import UsageError
 from data.prepare import load_pairs
 from data.split import read_split
 from data.tokenizer import Tokenizer, train_tokenizer
 from model import parallel
 from model.checkpoint import load_model
-from model.heads import LanguageModel
+from model.heads import LanguageModel, ScalarModel
 from model.parallel import World
 from model.score import reference_logps
 
@@ -510,6 +511,48 @@ def test_a_bad_flag_is_refused_within_a_second_beyond_importing_torch():
         if seconds < 1 + cpu_seconds("-c", "import torch")[1]:
             return
     pytest.fail(f"{seconds:.1f} s")
+
+
+@pytest.mark.parametrize("rule", [("--quantile", 0.1), ("--rule", "threshold", "--threshold", 0.002), ("--disputed", "easy", "--per-pair"), ("--rule", "none", "--disputed", "drop")])
+def test_dpo_on_a_part_is_validated_on_the_pairs_that_the_split_would_put_there(chain, tmp_path, monkeypatch, rule):
+    """Said again from the rules: the reward model that has not seen them scores the pairs one row at a time, in the chain's tokenizer."""
+    seen = []
+
+    def looked_at(model, objective, rows, validation, flags, **more):
+        seen.append(sorted(row.id for row in validation))
+        raise UsageError("enough")
+
+    base = copy_of(chain, tmp_path / "run", "split", "dpo", "ppo")
+    here("--stage", "split", "--out", base, *rule)
+    monkeypatch.setattr("model.fit.fit", looked_at)
+    for part in ("easy", "difficult", "all"):
+        here("--stage", "dpo", "--part", part, "--out", copy_of(base, tmp_path / part), expect=2)
+
+    pairs = load_pairs(base / "data", "validation")
+    tokenizer = Tokenizer(base / "tokenizer" / "tokenizer.model")
+    rows, _ = encode_pairs(pairs, tokenizer, 10_000, 24)
+    model = load_model(base / "rm", ScalarModel).eval()
+    gap = {}
+    for row in rows:
+        scores = [model(torch.tensor([one.prompt + one.response]), torch.tensor([one.length])).item() for one in (row.chosen, row.rejected)]
+        gap[row.id] = scores[0] - scores[1]
+    prompt = {pair.id: pair.prompt for pair in pairs}
+    threshold = manifest(base / "split")["results"]["threshold"]
+    expected = {"all": sorted(gap), "easy": [], "difficult": []}
+    for row, own in gap.items():
+        of_prompt = [gap[other] for other in gap if prompt[other] == prompt[row]]
+        if "none" in rule:
+            parts = ["easy", "difficult"] if own >= 0 else []
+        elif "--per-pair" in rule:
+            parts = ["easy" if own < 0 or own >= threshold else "difficult"]
+        elif max(of_prompt) >= threshold:
+            parts = ["easy"] if own >= 0 else []
+        else:
+            parts = ["difficult"]
+        for part in parts:
+            expected[part].append(row)
+    assert 0 < len(expected["easy"]) < len(expected["all"]), (threshold, sorted(gap.values()))
+    assert seen == [sorted(expected[part]) or expected["all"] for part in ("easy", "difficult", "all")]
 
 
 def test_stored_moments_are_those_of_the_demonstrations_and_folds_score_what_they_never_saw(chain):
