@@ -215,6 +215,8 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     limits = Text(Tokenizer(path), path, made_with["max_prompt"], made_with["max_response"])
     # a test file from elsewhere need not hold prompts that the world can judge
     world_name = made_with["data"] if made_with["data"] in WORLDS and not made_with["test_data"] else None
+    if made_with["data"] in WORLDS and not world_name:
+        print(f"no true reward: prompts of --test-data need not be ones that {made_with['data']} can judge")
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
     questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
@@ -375,8 +377,11 @@ def pair_preferences(folder: Path, digests: dict[str, str], setting: Setting) ->
     logps = {weights: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for weights, name in different.items()}
     pair_of = {pair.id: pair for pair in pairs}
     texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
-    # a world's labels are draws of a known chance; of other data we know the label alone
-    chance = np.array([choice_probability(setting.world_name, *text, 1.0, 0.0) if setting.world_name else 0.999 for text in texts]).clip(0.001, 0.999)
+    # what DPO learns from are draws of a known chance in a world; of other data we know the label alone
+    made = read_json(folder / "data" / MANIFEST)["flags"]
+    annotator, flips = (made["label_temperature"], made["annotator_bias"]), made["flip_rate"]
+    chance = np.array([choice_probability(setting.world_name, *text, *annotator) if setting.world_name else 0.999 for text in texts])
+    chance = (chance + flips * (1 - 2 * chance)).clip(0.001, 0.999)
     found = {}
     for name in digests:
         flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]

@@ -33,17 +33,17 @@ import torch
 from data.batches import PairRow, encode_prompt, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import paths_of, read_prompts
-from data.files import atomic_write, digest, read_json, weights_digest
+from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import Parser, add_flags, flag, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
-from data.run import MANIFEST, Metrics, as_flags
+from data.run import MANIFEST, METRICS, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
 from data.tokenizer import DEFAULT_SIZE, Tokenizer, tokenizer_file, train_tokenizer
-from eval import EvalFlags, compare_run
+from eval import QUICK_PROMPTS, EvalFlags, compare_run
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
-from model.checkpoint import count_parameters
+from model.checkpoint import CONFIG, count_parameters
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
@@ -54,7 +54,7 @@ from model.resume import LoopFlags
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs, sha256_of
 from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
 from model.transformer import SIZES, initialise, sized
-from model.watch import check_first_preference_step, has_left_reference, sampled_kl
+from model.watch import WATCHED, check_first_preference_step, has_left_reference, sampled_kl
 from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
 
@@ -83,7 +83,6 @@ class SftFlags(FitFlags):
 
 @dataclass(frozen=True)
 class RmFlags(FitFlags):
-    epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     validations: int = flag(2, "how often the validation rows are looked at", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
@@ -92,7 +91,6 @@ class RmFlags(FitFlags):
 
 @dataclass(frozen=True)
 class DpoFlags(FitFlags):
-    epochs: float = flag(1.0, "passes over the training pairs; parts of one are possible", positive=True)
     part: str = flag("easy", "pairs to train on", choices=("easy", "difficult", "all"))
     loss: str = flag("dpo", "of losses/dpo.py", choices=tuple(PREFERENCE_LOSSES))
     init: str | None = flag(None, "start from this folder (default: DIR/sft)")
@@ -131,6 +129,7 @@ STAGE_FLAGS = {
 QUICK = {
     "data": {"pairs": 400, "test_prompts": 32},
     "sft": {"epochs": 3.0, "validations": 2},
+    "rm": {"validations": 1},
     "dpo": {"validations": 2},
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
     "ablations": {"only": "dpo-all,ppo-all,mpo", "seeds": "1,2"},
@@ -221,7 +220,8 @@ def rm_stage(run: Run) -> None:
         scores = in_fold if flags.folds == 1 else scores
         on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
-        text.save(model, folder, world, extra_config=stats)
+        if world.is_main:
+            write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
         results |= best | stats | {"test": reward_model_report(*on_test.T, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
         results["scored_pairs_accuracy"] = pair_accuracy(scores)
@@ -321,7 +321,7 @@ def dpo_stage(run: Run) -> None:
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
         same_start = weights_digest(init) == key["weights"]
         model = distribute(model, world)
-        prompts, seed = validation_prompts(run, text, 64), stable_hash(run.flags.seed, "dpo", "watch")
+        prompts, seed = validation_prompts(run, text, WATCHED), stable_hash(run.flags.seed, "dpo", "watch")
 
         def watch(numbers: dict[str, float]) -> bool:
             numbers |= sampled_kl(model, ref, prompts, text, seed, world)
@@ -334,7 +334,6 @@ def dpo_stage(run: Run) -> None:
             stage="dpo", seed=run.flags.seed, world=world, metrics=metrics, keep=partial(text.save, model, folder, world),
             saving=run.saving(folder, text), at_first=at_first, at_validation=watch,
         )  # fmt: skip
-        results["healthy"] = results["kl_ref_seq"] <= flags.max_kl and results["chosen_fall"] <= flags.max_fall
         run.say(
             f"  {len(train)} pairs; best at step {results['step']}: validation loss {results['loss']:.4f}, accuracy {results['accuracy']:.3f},"
             f" KL {results['kl_ref_seq']:.2f}, chosen log-probability {-results['chosen_fall']:+.2f}"
@@ -399,9 +398,9 @@ def ppo_stage(run: Run) -> None:
     rm_path = run.parent("rm", flags.reward_model)
     prompts = training_prompts(run, text, flags)
     policy, reward_model = text.load(init, LanguageModel), text.load(rm_path, ScalarModel)
-    described = read_json(rm_path / "config.json")
+    described = read_json(rm_path / CONFIG)
     if "score_std" not in described:
-        raise CheckpointError(f"{rm_path / 'config.json'}: score_mean and score_std are missing; the rm stage fits and stores them")
+        raise CheckpointError(f"{rm_path / CONFIG}: score_mean and score_std are missing; the rm stage fits and stores them")
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
     flags = for_size("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
@@ -449,20 +448,30 @@ def ppo_stage(run: Run) -> None:
 
 
 def warn_of_unhealthy(run: Run, ref: Path) -> None:
-    """PPO is only as good as its reference: says so where DPO's own watch found it broken."""
-    manifest = ref / "manifest.json"
-    if manifest.exists() and not read_json(manifest)["results"].get("healthy", True):
-        run.say(f"warning: ppo: the reference {ref} failed DPO's check of KL and chosen log-probability; a better one: larger --beta, smaller --lr")
+    """PPO is only as good as its reference: says so where DPO's own watch found these weights, or this snapshot of them, broken."""
+    stage = ref.parent if ref.name.startswith("snapshot-") else ref
+    if not (stage / MANIFEST).exists() or (made := read_json(stage / MANIFEST))["stage"] != "dpo":
+        return
+    step = made["results"]["step"] if stage == ref else int(ref.name.rpartition("-")[2]) - 1
+    lines = map(json.loads, (stage / METRICS).read_text().splitlines())
+    seen = next(line for line in lines if line["step"] == step and "valid_kl_ref_seq" in line)
+    if seen["valid_kl_ref_seq"] > made["flags"]["max_kl"] or seen["valid_chosen_fall"] > made["flags"]["max_fall"]:
+        run.say(
+            f"warning: ppo: the reference {ref} failed DPO's check: {seen['valid_kl_ref_seq']:.1f} nats of KL, and {seen['valid_chosen_fall']:.1f} of"
+            " fall of the chosen responses; a larger beta or a smaller learning rate of DPO makes a better one"
+        )
 
 
 def mpo(run: Run) -> None:
     """The whole chain, then the comparison of its models."""
     if run.take("split", SplitFlags).gaps == "given":
-        check_given_gaps(run)
+        with typed_names((SplitFlags,), "split-"):
+            check_given_gaps(run)
     for stage in CHAIN:
-        STAGES[stage](run)
+        with typed_names(STAGE_FLAGS[stage], f"{stage}-"):
+            STAGES[stage](run)
     if run.world.is_main:
-        flags = EvalFlags(prompts=64) if run.flags.quick else EvalFlags()
+        flags = EvalFlags(prompts=QUICK_PROMPTS) if run.flags.quick else EvalFlags()
         compare_run(run.folder, dataclasses.replace(run.world, size=1, rank=0), dataclasses.replace(flags, seed=run.flags.seed))
         print(
             f"\nnext: python eval.py --model {run.folder}/ppo --prompt \"...\"      talk to the MPO model\n"
@@ -536,10 +545,10 @@ def check_flags(run: Run, stage: str) -> None:
             if isinstance(flags, TokenizerFlags) and flags.vocab_size and (given_one := flags.file or run.given.get("init")):
                 raise UsageError(f"--{prefix}vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
             if isinstance(flags, SplitFlags):
-                with typed_names(flags, prefix):
+                with typed_names((flags,), prefix):
                     check_split_flags(flags)
             if isinstance(flags, PpoStageFlags):
-                with typed_names(flags, prefix):
+                with typed_names((flags,), prefix):
                     check_ppo_flags(flags)
                 if flags.prompts and f"{prefix}part".replace("-", "_") in run.given:
                     raise UsageError(f"--{prefix}part {flags.part}: is not read with --{prefix}prompts; leave one of them out")

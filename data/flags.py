@@ -9,11 +9,11 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import get_args, get_type_hints
 
-from data.errors import UsageError
+from data.errors import Stop, UsageError
 
 
 STAGE_NAMES = ". A stage alone takes its flags by their own names (--lr), a chain by the stage's (--dpo-lr)"
@@ -64,10 +64,11 @@ def take_flags(group, given: dict, prefix: str = "", **defaults):
 
 
 @contextlib.contextmanager
-def typed_names(flags, prefix: str) -> Iterator[None]:
-    """Puts the chain's prefix ("split-") before the names of these flags in the message of a UsageError."""
+def typed_names(groups: Sequence, prefix: str) -> Iterator[None]:
+    """Puts the chain's prefix ("split-") before the names of these dataclasses' flags in whatever message ends the block."""
     try:
         yield
-    except UsageError as error:
-        names = "|".join(sorted((field.name.replace("_", "-") for field in dataclasses.fields(flags)), key=len, reverse=True))
-        raise UsageError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
+    except Stop as error:
+        names = (field.name.replace("_", "-") for group in groups for field in dataclasses.fields(group))
+        message = re.sub(rf"--({'|'.join(sorted(names, key=len, reverse=True))})(?![\w-])", rf"--{prefix}\1", str(error))
+        raise type(error)(message) from error

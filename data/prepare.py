@@ -49,6 +49,7 @@ def check_data_flags(flags: DataFlags, given: dict) -> None:
     """Raises UsageError for flags about a world's making beside files, and the other way round."""
     if flags.data in WORLDS:
         unread, reason = {"template", "test_share"}, "a built-in world brings its own prompts and test part"
+        unread |= {"test_prompts"} if flags.test_data else set() if flags.demonstrations else {"skip_bad_rows"}
     else:
         unread = {field.name for field in dataclasses.fields(WorldFlags)} | ({"test_share"} if flags.test_data else set())
         reason = "is about the built-in worlds, or --test-data takes its place"

@@ -116,7 +116,7 @@ def draw_rows(name: str, *, pairs: int, seed: int = 0, label_temperature: float 
         yield (prompt, first, second) if first_chosen else (prompt, second, first)
 
 
-def write_world(name: str, folder: Path, *, pairs: int = 4000, test_prompts: int = 500, seed: int = 0, label_temperature: float = 1.0,
+def write_world(name: str, folder: Path, *, pairs: int, test_prompts: int, seed: int = 0, label_temperature: float = 1.0,
                 flip_rate: float = 0.0, annotator_bias: float = 0.0) -> None:
     """Writes `folder`/train.jsonl and `folder`/test.jsonl in the format of the data set that the world stands for.
 

@@ -178,12 +178,10 @@ def save_model(
     special_ids: dict[str, int],
     is_main: bool,
     extra: dict[str, Tensor] | None = None,
-    extra_config: dict[str, float] | None = None,
 ) -> None:
     """Writes weights and config of a LanguageModel or ScalarModel; a collective call where the model is sharded, rank 0 writes.
 
-    special_ids: bos_id, eos_id, pad_id; extra: tensors beside the layout (the value head); extra_config: numbers that belong to the
-    weights (mean and standard deviation of a reward model's scores).
+    special_ids: bos_id, eos_id, pad_id; extra: tensors beside the layout (the value head).
     """
     folder, inner = Path(folder), bare(model)
     state = inner.state_dict() | (extra or {})
@@ -205,7 +203,7 @@ def save_model(
             total = 4 * sum(tensor.numel() for tensor in state.values())
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         described = config_to_json(inner.config, scalar=isinstance(inner, ScalarModel), **special_ids)
-        write_json(folder / CONFIG, described | (extra_config or {}))
+        write_json(folder / CONFIG, described)
 
 
 def in_files(stem: str, tensors: dict[str, Tensor], most: int) -> dict[str, list[str]]:

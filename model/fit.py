@@ -25,7 +25,7 @@ from model.resume import Saving
 @dataclass(frozen=True)
 class FitFlags:
     lr: float | None = flag(None, "peak learning rate (default: by stage and model size, printed at the start)", positive=True)
-    epochs: float = flag(3.0, "passes over the training rows; parts of one are possible", positive=True)
+    epochs: float = flag(1.0, "passes over the training rows; parts of one are possible", positive=True)
     batch_size: int | None = flag(None, "rows per optimiser step, over all processes (default: by stage and model size)", positive=True)
     micro_batch: int = flag(8, "rows per forward pass on one process; changes memory and speed, not results", positive=True)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")

@@ -20,12 +20,12 @@ from data.flags import flag
 from data.report import markdown_table
 from model.checkpoint import CONFIG, config_from_json
 from model.heads import CHUNK, LanguageModel
+from model.score import READ_AT_ONCE
 from model.transformer import SIZES, ModelConfig
+from model.watch import WATCHED
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, and lost between blocks
 ON_CPU = "on the CPU"  # a line's `when`: these bytes are not the GPU's
-READ_AT_ONCE = 32  # pairs that model/score.py reads at a time
-WATCHED = 64  # validation prompts that DPO answers at each validation
 
 
 @dataclass(frozen=True)

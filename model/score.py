@@ -23,6 +23,7 @@ from losses.masked import masked_sum
 from model.heads import LanguageModel, up_to_last
 from model.parallel import World, at_hand
 
+READ_AT_ONCE = 32  # pairs
 LOGITS = 2**22  # numbers in one of the (positions, V) tensors that exist at a time while a KL is computed
 
 
@@ -77,7 +78,7 @@ def reward_scores(model: nn.Module, rows: Sequence[Row], pad_id: int, world: Wor
         return for_each_row(read, rows, batch, world, "reward scores").squeeze(1)
 
 
-def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
+def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = READ_AT_ONCE) -> np.ndarray:
     """Raw scores (N, 2) of chosen and rejected responses, in log-odds."""
     model.eval()
 
@@ -89,7 +90,7 @@ def reward_scores_of_pairs(model: nn.Module, pairs: Sequence[PairRow], pad_id: i
         return for_each_row(read, pairs, batch, world, "reward scores", columns=2)
 
 
-def reference_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = 32) -> np.ndarray:
+def reference_logps(model: nn.Module, pairs: Sequence[PairRow], pad_id: int, world: World, batch: int = READ_AT_ONCE) -> np.ndarray:
     """(N, 2): what `pair_logps` says of many pairs."""
     model.eval()
 

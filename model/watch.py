@@ -15,6 +15,8 @@ from model.generate import generate, row_uniforms
 from model.parallel import World, at_hand, bare, gathered
 from model.stage import Text
 
+WATCHED = 64  # validation prompts that are answered at each validation
+
 
 @torch.no_grad()
 def sampled_kl(model: nn.Module, ref: nn.Module, prompts: Sequence[Sequence[int]], text: Text, seed: int, world: World) -> dict[str, float]:
@@ -44,8 +46,8 @@ def has_left_reference(numbers: dict[str, float], max_kl: float, max_fall: float
     for name, limit, flag in (("kl_ref_seq", max_kl, "max-kl"), ("chosen_fall", max_fall, "max-fall")):
         if numbers[name] > limit:
             say(
-                f"warning: dpo: {name} is {numbers[name]:.1f}, above --{flag} {limit}: the policy has left the reference's language; stopped."
-                " Try a larger --beta, a smaller --lr, or --chosen-weight"
+                f"warning: dpo: {name} is {numbers[name]:.1f}, above {flag} {limit}: the policy has left the reference's language; stopped."
+                " Try a larger beta or a smaller learning rate"
             )
             return True
     return False

@@ -372,7 +372,7 @@ def warn_of_collapse(numbers: dict[str, float], warned: list[str], world: World)
             "eos_rate=0: no response ended; was the end token learnt in SFT (is `ended` of the SFT model near 1)? is --max-response too short?"),
         "kl": (numbers["kl_ref_tok"] > EXPLODED,
             f"the KL to the reference has grown to {numbers['kl_ref_tok']:.2f} nats per token, {numbers['kl_ref_seq']:.1f} per response; read some"
-            " responses: a score that rises here is mostly the reward model deceived; larger --kl-coef, or --kl-target, or smaller --lr"),
+            " responses: a score that rises here is mostly the reward model deceived; a larger KL coefficient, a target for the KL, or a smaller learning rate"),
     }  # fmt: skip
     new = [name for name, (seen, _) in signs.items() if seen and name not in warned]
     for name in new if world.is_main else ():

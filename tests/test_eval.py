@@ -43,7 +43,8 @@ def tiny(seed: int, kind=LanguageModel, loudness: float = 8.0):
 
 def save_stage(run: Path, name: str, model, parents: dict, **config) -> None:
     begin_stage(run / name, {}, parents)
-    save_model(model, run / name, special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True, extra_config=config)
+    save_model(model, run / name, special_ids={"bos_id": 1, "eos_id": 2, "pad_id": 3}, is_main=True)
+    write_json(run / name / "config.json", read_json(run / name / "config.json") | config)
     shutil.copy(run / "tokenizer" / "tokenizer.model", run / name)
     finish_stage(run / name, name, {})
 

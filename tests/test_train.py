@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 from runs import BUDGETS, STAGES, TINY, TRAINED, WORLD, copy_of, here, manifest, metrics, sha256, snapshot, steps
+from safetensors.torch import load_file
 
 import data.advice
 import data.digest
@@ -280,28 +281,51 @@ def test_sft_can_learn_the_prompt_too(chain, tmp_path):
 
 
 def test_ppo_warns_of_a_reference_that_failed_its_check(chain, tmp_path):
-    run = copy_of(chain, tmp_path / "run", "ppo")
-    described = manifest(run / "dpo")
-    described["results"]["healthy"] = False
-    (run / "dpo" / "manifest.json").write_text(json.dumps(described))
-    assert f"warning: ppo: the reference {run / 'dpo'} failed DPO's check" in here("--stage", "ppo", "--out", run, *BUDGETS["ppo"])
+    """DPO is stopped by its watch: the weights that it keeps are from before, its last snapshot is what failed."""
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    said = here("--stage", "dpo", "--out", run, "--epochs", 2, "--validations", 2, "--lr", 1e-2, "--max-kl", 0.5)
+    assert "kl_ref_seq is " in said and "above max-kl 0.5: the policy has left the reference's language; stopped" in said
+    (*_, broken) = sorted((run / "dpo").glob("snapshot-*"))
+    for ref, warned in ((run / "dpo", False), (broken, True), (run / "sft", False)):
+        shutil.rmtree(run / "ppo", ignore_errors=True)
+        said = here("--stage", "ppo", "--out", run, "--ref", ref, *BUDGETS["ppo"])
+        assert (f"warning: ppo: the reference {ref} failed DPO's check: " in said) == warned
 
 
-def test_a_split_by_gaps_that_the_data_states(chain, tmp_path):
+def test_a_split_by_gaps_that_the_data_states(chain, tmp_path, monkeypatch):
     """The same pairs, each with a gap of its own that has nothing to do with the reward model's."""
     run = copy_of(chain, tmp_path / "run", "split", "dpo", "ppo")
-    message = here("--stage", "split", "--out", run, "--gaps", "given", expect=3)
-    assert 'has no "gap"' in message and not (run / "split").exists()
-    rows = [json.loads(line) for line in (run / "data" / "train.jsonl").read_text().splitlines()]
-    prompts = sorted({row["prompt"] for row in rows})
-    gap_of = {row["id"]: 1.0 + prompts.index(row["prompt"]) for row in rows}
-    runs.write_rows(run / "data" / "train.jsonl", [row | {"gap": gap_of[row["id"]]} for row in rows])
-    described = manifest(run / "data")
-    described["files"]["train.jsonl"] = sha256(run / "data" / "train.jsonl")
-    (run / "data" / "manifest.json").write_text(json.dumps(described))
+    gap_of = {}
+    for part in ("train", "validation"):
+        message = here("--stage", "split", "--out", run, "--gaps", "given", expect=3)
+        assert 'has no "gap"' in message and not (run / "split").exists()
+        rows = [json.loads(line) for line in (run / "data" / f"{part}.jsonl").read_text().splitlines()]
+        prompts = sorted({row["prompt"] for row in rows})
+        gap_of[part] = {row["id"]: (1.0 + prompts.index(row["prompt"])) / len(prompts) for row in rows}
+        runs.write_rows(run / "data" / f"{part}.jsonl", [row | {"gap": gap_of[part][row["id"]]} for row in rows])
+        described = manifest(run / "data")
+        described["files"][f"{part}.jsonl"] = sha256(run / "data" / f"{part}.jsonl")
+        (run / "data" / "manifest.json").write_text(json.dumps(described))
     here("--stage", "split", "--out", run, "--gaps", "given")
-    made = read_split(run / "split")
-    assert min(gap_of[row] for row in made["easy"]) >= max(gap_of[row] for row in made["difficult"]) and not made["dropped"]
+    made, threshold = read_split(run / "split"), manifest(run / "split")["results"]["threshold"]
+    assert min(gap_of["train"][row] for row in made["easy"]) >= max(gap_of["train"][row] for row in made["difficult"]) and not made["dropped"]
+    looked_at = []
+    monkeypatch.setattr("model.fit.fit", lambda model, objective, rows, validation, *more, **others: looked_at.extend(validation) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here("--stage", "dpo", "--out", run)
+    assert {row.id for row in looked_at} == {row for row, gap in gap_of["validation"].items() if gap >= threshold} != set(gap_of["validation"])
+
+
+def test_a_reward_model_made_in_bf16_is_kept_in_fp32(chain, tmp_path):
+    """Frozen models compute with rounded copies; what is on disk is what was trained."""
+    run = copy_of(chain, tmp_path / "run", *STAGES[2:])
+    here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--dtype", "bf16")
+    (last,) = (run / "rm").glob("snapshot-*")
+    for folder in (run / "rm", run / "rm" / "fold-0", last):
+        tensors = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        assert any((tensor != tensor.bfloat16()).any() for tensor in tensors.values())
+    assert {"score_mean", "score_std"} <= json.loads((run / "rm" / "config.json").read_text()).keys()
 
 
 def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
@@ -456,6 +480,8 @@ REFUSED = [
     ("--stage mpo --data jsonl:rows.jsonl --flip-rate 0.1", "--flip-rate 0.1"),
     ("--stage split --rule threshold", "--threshold"),
     ("--stage mpo --split-quantile 1.5", "--split-quantile 1.5"),
+    ("--stage mpo --test-data hh:rows.jsonl --test-prompts 10", "--test-prompts 10"),
+    ("--stage mpo --skip-bad-rows 1", "--skip-bad-rows 1"),
     ("--stage split --threshold 1", "--rule"),
     ("--stage dpo --loss ipo --label-smoothing 0.1", "ipo"),
     ("--stage dpo --label-smoothing 0.5", "label_smoothing"),
@@ -477,6 +503,10 @@ def test_impossible_flags_are_refused_before_anything_is_written(tmp_path, line,
     message = here(*line.split(), "--out", tmp_path / "run", expect=2)
     assert part in message
     assert not snapshot(tmp_path)
+
+
+def test_what_a_stage_of_a_chain_refuses_has_its_name_there(tmp_path):
+    assert "error: --tokenizer-vocab-size 10 is too small" in here("--stage", "mpo", "--pairs", 60, "--tokenizer-vocab-size", 10, "--out", tmp_path / "run", expect=2)
 
 
 @pytest.mark.parametrize("stage, flag", [("ppo", "--prompts-per-iteration"), ("mpo", "--ppo-prompts-per-iteration")])

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from data.errors import UsageError
-from data.flags import Parser, add_flags, flag, take_flags
+from data.errors import NumericalError, UsageError
+from data.flags import Parser, add_flags, flag, take_flags, typed_names
 
 
 @dataclass(frozen=True)
@@ -112,3 +112,13 @@ def test_help_has_a_line_and_the_default_of_every_flag():
     text = " ".join(parser.format_help().split())
     assert "--steps INT how many (10)" in text and "100% of it (0.5)" in text
     assert "--keep-all, --no-keep-all" in text and "SUPPRESS" not in text
+
+
+@pytest.mark.parametrize("kind", [UsageError, NumericalError])
+def test_a_message_has_the_names_that_were_typed(kind):
+    """Those of the given groups, whole, and not twice; whatever sort of failure it is."""
+    with pytest.raises(kind) as stopped, typed_names((Flags, OtherFlags), "dpo-"):
+        raise kind("--lr 3: try --keep-all, --no-keep-all or a larger --seed; not --lrs, --lr-peak, --dpo-lr; python train.py --stage dpo --out x")
+    assert str(stopped.value) == (
+        "--dpo-lr 3: try --dpo-keep-all, --no-keep-all or a larger --dpo-seed; not --lrs, --lr-peak, --dpo-lr; python train.py --stage dpo --out x"
+    )

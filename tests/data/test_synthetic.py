@@ -381,9 +381,9 @@ def test_a_biased_annotator_likes_length(name):
                                            ({"annotator_bias": math.nan}, "bias"), ({"label_temperature": math.inf}, "temperature")])
 def test_impossible_numbers_are_refused(options, hint, tmp_path):
     with pytest.raises(UsageError, match=hint):
-        synthetic.write_world("advice", tmp_path, **options)
+        synthetic.write_world("advice", tmp_path, **{"pairs": 10, "test_prompts": 10} | options)
     with pytest.raises(UsageError, match="advice, digest"):
-        synthetic.write_world("advise", tmp_path)
+        synthetic.write_world("advise", tmp_path, pairs=10, test_prompts=10)
 
 
 # ---- the statistics that the worlds were calibrated to
