@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from runs import copy_of
 
-from data.batches import Row
+import eval as evaluation
+from data.batches import Row, encode_pairs
 from data.errors import CheckpointError, NumericalError, UsageError
-from data.files import read_json, write_json
+from data.files import read_json, weights_digest, write_json
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
+from data.report import preference_numbers
 from data.run import begin_stage, finish_stage
 from data.synthetic import best_response, kind, true_reward
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -207,6 +210,25 @@ def test_without_distances_answers_are_worth_the_same(report, world_run):
     for name in ("sft", "dpo", "ppo"):
         measured = {"kl_sft", "kl_ref", "reference", "chosen_shift", "rejected_shift", "ranking_accuracy", "idealised_ranking_accuracy"}
         assert rows[name] == {key: value for key, value in report["rows"][name].items() if key not in measured}
+
+
+def test_the_policy_that_dpo_aims_at_follows_the_labels_that_it_learns_from(world_run, tmp_path, monkeypatch):
+    """Noisier labels ask for smaller differences: log-odds of a label as drawn, temperature, bias and flips included, over beta."""
+    run, aims = copy_of(world_run, tmp_path / "run"), []
+    noise = {"label_temperature": 2.0, "annotator_bias": 0.5, "flip_rate": 0.2}
+    for stage, flags in (("data", noise), ("dpo", {"loss": "dpo", "beta": 0.25, "chosen_weight": 0.0, "label_smoothing": 0.0})):
+        path = run / stage / "manifest.json"
+        described = read_json(path)
+        write_json(path, described | {"flags": described["flags"] | flags})
+    monkeypatch.setattr(evaluation, "preference_numbers", lambda logps, ref_logps, ideal: aims.append(ideal) or preference_numbers(logps, ref_logps, ideal))
+    found = evaluation.pair_preferences(run, {"sft": weights_digest(run / "sft"), "dpo": weights_digest(run / "dpo")}, replace(setting(run), world_name="advice"))
+    odds, pairs = [], load_pairs(run / "data", "test")
+    kept = {row.id for row in encode_pairs(pairs, setting(run).text.tokenizer, *LIMITS.values())[0]}  # others are equal once cut
+    for pair in (pair for pair in pairs if pair.id in kept):
+        drive = true_reward("advice", pair.prompt, pair.chosen) - true_reward("advice", pair.prompt, pair.rejected)
+        p = 1 / (1 + math.exp(-(drive + 0.05 * (len(pair.chosen.split()) - len(pair.rejected.split()))) / 2))
+        odds.append(math.log((0.8 * p + 0.2 * (1 - p)) / (0.2 * p + 0.8 * (1 - p))) / 0.25)
+    assert aims[0] is None and aims[1].tolist() == pytest.approx(odds) and "idealised_ranking_accuracy" in found["dpo"]
 
 
 def test_without_a_world_the_reward_model_judges(plain_run):
