@@ -1,5 +1,6 @@
 """train.py as a user calls it: the chain, each stage alone, the method's ablations, repeatability, and commands that are refused."""
 
+import dataclasses
 import json
 import math
 import os
@@ -21,14 +22,20 @@ import data.synthetic
 import eval as evaluation
 from data.batches import encode_pairs
 from data.errors import UsageError
-from data.prepare import load_pairs
+from data.grid import GridFlags
+from data.prepare import DataFlags, WorldFlags, load_pairs
 from data.split import read_split
 from data.tokenizer import Tokenizer, train_tokenizer
+from eval import EvalFlags
 from model import parallel
 from model.checkpoint import load_model
 from model.heads import LanguageModel, ScalarModel
-from model.parallel import World
+from model.parallel import DeviceFlags, World
+from model.plan import PlanFlags
+from model.resume import LoopFlags
 from model.score import reference_logps
+from model.stage import RunFlags
+from train import STAGE_FLAGS
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 
@@ -524,6 +531,15 @@ def test_help_lists_exactly_the_flags_of_the_stage():
     for stage in ("tokenizer", "split"):  # which have no network
         described = here("--stage", stage, "--help")
         assert "--device" in described and not any(flag in described for flag in ("--dtype", "--parallel", "--offload", "--checkpoint-activations"))
+
+
+def test_every_declared_flag_is_read():
+    """Somewhere in the program its name stands as an attribute, or as the text by which it is looked up, outside its declaration."""
+    groups = [DataFlags, WorldFlags, EvalFlags, GridFlags, RunFlags, LoopFlags, PlanFlags, DeviceFlags, *(group for some in STAGE_FLAGS.values() for group in some)]
+    files = [path for path in runs.ROOT.rglob("*.py") if path.relative_to(runs.ROOT).parts[0] != "tests"]
+    program = "\n".join(path.read_text() for path in files)
+    names = {field.name for group in groups if group.__name__ != "LossFlags" for field in dataclasses.fields(group)}  # those are arguments of their loss
+    assert len(names) > 80 and not [name for name in sorted(names) if not re.search(rf"\.{name}\b|\"{name}\"|\b{name}=", program)]
 
 
 def cpu_seconds(*args):
