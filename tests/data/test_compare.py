@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from data.compare import (
     as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, trials_text, verdict,
 )  # fmt: skip
 from data.errors import DataError
+from data.grid import read_rows
 
 
 def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
@@ -171,6 +173,15 @@ def test_csv_has_a_row_per_point():
     best = next(row for row in rows if row["row"] == "mpo" and row["seed"] == "2" and row["point"] == "ppo")
     assert best["picked"] == "best" and float(best["true_reward"]) == 3.0 and best["kl_ref"] == ""
     assert (float(best["validation_score_raw"]), float(best["minutes"]), float(best["list"])) == (1.0, 1.0, 1.5)
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows():
+    """`eval.py --compare tests/results/ablations` was run after the last row came."""
+    folder = Path(__file__).resolve().parents[1] / "results" / "ablations"
+    rows, report = read_rows(folder / "rows.jsonl"), (folder / "report.md").read_text(encoding="utf-8")
+    for title, part in by_setting(rows).items():
+        assert f"## {title}\n" in report and compared(part) in report
+    assert as_csv(rows) == (folder / "rows.csv").read_text(encoding="utf-8")
 
 
 def test_pictures_of_whatever_rows_there_are(tmp_path):
