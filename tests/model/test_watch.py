@@ -45,7 +45,7 @@ def test_sampled_kl_is_the_mean_over_responses_of_the_sum_over_their_tokens():
     assert {type(value) for value in found.values()} == {float}  # a comparison of them goes into a manifest
 
 
-@pytest.mark.parametrize(("kl", "fall", "said"), [(10.1, 0.0, "--max-kl 10"), (0.0, 20.1, "--max-fall 20"), (10.0, 20.0, None)])
+@pytest.mark.parametrize(("kl", "fall", "said"), [(10.1, 0.0, "max-kl 10"), (0.0, 20.1, "max-fall 20"), (10.0, 20.0, None)])
 def test_either_limit_ends_training_and_is_named(kl, fall, said):
     warnings = []
     assert has_left_reference({"kl_ref_seq": kl, "chosen_fall": fall}, 10, 20, warnings.append) == (said is not None)
