@@ -70,5 +70,5 @@ def typed_names(groups: Sequence, prefix: str) -> Iterator[None]:
         yield
     except Stop as error:
         names = (field.name.replace("_", "-") for group in groups for field in dataclasses.fields(group))
-        message = re.sub(rf"--({'|'.join(sorted(names, key=len, reverse=True))})(?![\w-])", rf"--{prefix}\1", str(error))
-        raise type(error)(message) from error
+        error.args = (re.sub(rf"--({'|'.join(sorted(names, key=len, reverse=True))})(?![\w-])", rf"--{prefix}\1", str(error)),)
+        raise  # the same: a signal's has an exit code of its own

@@ -117,8 +117,11 @@ def test_help_has_a_line_and_the_default_of_every_flag():
 @pytest.mark.parametrize("kind", [UsageError, NumericalError])
 def test_a_message_has_the_names_that_were_typed(kind):
     """Those of the given groups, whole, and not twice; whatever sort of failure it is."""
+    error = kind("--lr 3: try --keep-all, --no-keep-all or a larger --seed; not --lrs, --lr-peak, --dpo-lr; python train.py --stage dpo --out x")
+    error.code = 143
     with pytest.raises(kind) as stopped, typed_names((Flags, OtherFlags), "dpo-"):
-        raise kind("--lr 3: try --keep-all, --no-keep-all or a larger --seed; not --lrs, --lr-peak, --dpo-lr; python train.py --stage dpo --out x")
+        raise error
+    assert stopped.value.code == 143
     assert str(stopped.value) == (
         "--dpo-lr 3: try --dpo-keep-all, --no-keep-all or a larger --dpo-seed; not --lrs, --lr-peak, --dpo-lr; python train.py --stage dpo --out x"
     )
