@@ -9,7 +9,7 @@
     sft        tokenizer                      DIR/sft          next-token loss on the chosen responses
     rm         sft                            DIR/rm           Bradley-Terry reward model, fold models, the score of every training pair
     split      rm's scores                    DIR/split        easy and difficult pairs by reward gap
-    dpo        sft, split                     DIR/dpo          DPO on the easy pairs, reference = SFT
+    dpo        sft, split, rm                 DIR/dpo          DPO on the easy pairs, reference = SFT
     ppo        dpo, rm, split                 DIR/ppo          PPO on the difficult prompts, start and reference = DPO: the MPO model
     mpo        all of these in order, then the comparison that eval.py makes
     ablations  the rows of data/ablations.py over seeds, each in processes of its own, and one line for each in OUT/rows.jsonl
@@ -455,9 +455,10 @@ def warn_of_unhealthy(run: Run, ref: Path) -> None:
     step = made["results"]["step"] if stage == ref else int(ref.name.rpartition("-")[2]) - 1
     lines = map(json.loads, (stage / METRICS).read_text().splitlines())
     seen = next(line for line in lines if line["step"] == step and "valid_kl_ref_seq" in line)
-    if seen["valid_kl_ref_seq"] > made["flags"]["max_kl"] or seen["valid_chosen_fall"] > made["flags"]["max_fall"]:
+    numbers = {name: seen[f"valid_{name}"] for name in ("kl_ref_seq", "chosen_fall")}
+    if has_left_reference(numbers, made["flags"]["max_kl"], made["flags"]["max_fall"], lambda text: None):
         run.say(
-            f"warning: ppo: the reference {ref} failed DPO's check: {seen['valid_kl_ref_seq']:.1f} nats of KL, and {seen['valid_chosen_fall']:.1f} of"
+            f"warning: ppo: the reference {ref} failed DPO's check: {numbers['kl_ref_seq']:.1f} nats of KL, and {numbers['chosen_fall']:.1f} of"
             " fall of the chosen responses; a larger beta or a smaller learning rate of DPO makes a better one"
         )
 

@@ -76,7 +76,7 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     if decided := sorted(flag for flag in common if re.fullmatch(r"--(dpo|ppo)-(init|ref|part|prompts|reward-model)", flag)):
         raise UsageError(f"{decided[0]}: is what the rows differ in; leave it out")
     data = common.setdefault("--data", "advice")
-    if data in WORLDS and not {"--quick", "--test-data"} & set(common):
+    if data in WORLDS and not common.get("--quick") and "--test-data" not in common:
         common.setdefault("--test-prompts", TEST_PROMPTS)
     grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None), defaults)
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
