@@ -13,6 +13,7 @@ from hypothesis import settings
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process that aborts says where it was
 settings.register_profile("anew", deadline=None)
 settings.register_profile("repeating", derandomize=True, deadline=None)
 settings.load_profile("repeating")
