@@ -182,7 +182,6 @@ def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question
         "wins_against_sft": share(wins(found.worth, sft.worth)) if name != "sft" else None,
         "tokens": mean([len(row.response) for row in found.rows], "length"),
         "ended": share([row.response[-1] == eos_id for row in found.rows]),
-        "cut": share([row.response[-1] != eos_id for row in found.rows]),
         "distinct_2": distinct_n([[token for token in row.response if token != eos_id] for row in found.rows], 2),
     }
     if world_name:
@@ -208,7 +207,9 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     not fit together, NumericalError for a model whose numbers are not finite.
     """
     # 1. what is there, and whether it fits together
-    folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp")
+    folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp", offload=False)
+    if judge_out:
+        flags = dataclasses.replace(flags, distances=False)
     made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
     names = model_names(folder, flags.models)
     path = folder / "tokenizer" / "tokenizer.model"
@@ -234,19 +235,19 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
-    preferences = pair_preferences(folder, digests, setting) if flags.distances else {}
+    preferences = pair_preferences(folder, digests, questions, setting) if flags.distances else {}
     rows = {name: measure(name, answers, questions, stats, setting) | distances.get(name, {}) | preferences.get(name, {}) for name in shown}
     samples = [sample(i, question.prompt, {name: answers[name] for name in shown}) for i, question in enumerate(questions[:SHOWN])]
     report = {
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
         "wins_judged_by": "true reward" if world_name else "reward model",
         "decoding": "greedy" if flags.greedy else f"sampled at temperature {flags.temperature:g}",
-        "seed": flags.seed, "prompts": len(questions), "max_response": limits.max_response,
+        "seed": flags.seed, "part": flags.part, "prompts": len(questions), "max_response": limits.max_response,
         "rows": rows, "samples": samples,
     }  # fmt: skip
-    text = report_text(report)
-    write_json(folder / "eval" / "report.json", report)
-    atomic_write(folder / "eval" / "report.md", text)
+    text, name = report_text(report), "report" if flags.part == "test" else f"report-{flags.part}"
+    write_json(folder / "eval" / f"{name}.json", report)
+    atomic_write(folder / "eval" / f"{name}.md", text)
     print(text)
     return text
 
@@ -369,15 +370,16 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
     return answers, distances
 
 
-def pair_preferences(folder: Path, digests: dict[str, str], setting: Setting) -> dict[str, dict]:
-    """Name -> what each model makes of the labelled pairs of the part that is answered. digests: name -> digest of the weights."""
-    tokenizer, pairs = setting.text.tokenizer, load_pairs(folder / "data", setting.flags.part)[: setting.flags.prompts]
+def pair_preferences(folder: Path, digests: dict[str, str], questions: Sequence[Question], setting: Setting) -> dict[str, dict]:
+    """Name -> what each model makes of the labelled pairs whose prompts are answered. digests: name -> digest of the weights."""
+    tokenizer, asked = setting.text.tokenizer, {question.prompt for question in questions}
+    pairs = [pair for pair in load_pairs(folder / "data", setting.flags.part) if pair.prompt in asked]
     rows, _ = encode_pairs(pairs, tokenizer, setting.text.max_prompt, setting.text.max_response)
     different = {weights: name for name, weights in digests.items()}
     logps = {weights: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for weights, name in different.items()}
     pair_of = {pair.id: pair for pair in pairs}
     texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
-    # what DPO learns from are draws of a known chance in a world; of other data we know the label alone
+    # what DPO on all pairs learns from are draws of a known chance in a world; of other data we know the label alone
     made = read_json(folder / "data" / MANIFEST)["flags"]
     annotator, flips = (made["label_temperature"], made["annotator_bias"]), made["flip_rate"]
     chance = np.array([choice_probability(setting.world_name, *text, *annotator) if setting.world_name else 0.999 for text in texts])

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data.batches import PairRow, encode_prompt, epoch_order, stable_hash
-from data.errors import CheckpointError, DataError, UsageError
+from data.errors import CheckpointError, DataError, NumericalError, UsageError
 from data.examples import paths_of, read_prompts
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import Parser, add_flags, flag, take_flags, typed_names
@@ -109,10 +109,14 @@ class PpoStageFlags(PpoFlags):
 
 
 def loss_fields() -> list[tuple]:
-    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each."""
+    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each. Raises ValueError
+    for a name that is taken."""
     fields: dict[str, tuple[type, str, list[str]]] = {}
+    taken = {field.name for group in (DpoFlags, RunFlags, LoopFlags, PlanFlags, DeviceFlags, DataFlags, WorldFlags) for field in dataclasses.fields(group)}
     for loss, function in PREFERENCE_LOSSES.items():
         for name, (kind, default, text) in loss_flags(function).items():
+            if name in taken:
+                raise ValueError(f"losses/dpo.py: {loss}: its argument {name} has the name of a flag of --stage dpo; choose another")
             fields.setdefault(name, (kind, text, []))[2].append(f"{loss} {default}")
     return [(name, kind | None, flag(None, f"{text} (default: {', '.join(defaults)})")) for name, (kind, text, defaults) in fields.items()]
 
@@ -196,6 +200,8 @@ def rm_stage(run: Run) -> None:
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
         prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
         fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % flags.folds for row in train])
+        if flags.folds > 1 and len(set(fold_of)) == 1:
+            raise DataError(f"{run.folder / 'data'}: {len(set(prompt_of.values()))} training prompts fall into one of {flags.folds} folds; give more, or --folds 1")
 
         def train_on(rows: list[PairRow], where: Path, name: str):
             """A reward model trained on rows, kept in `where` and read back at its best."""
@@ -220,6 +226,8 @@ def rm_stage(run: Run) -> None:
         scores = in_fold if flags.folds == 1 else scores
         on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
+        if not stats["score_std"] > 0:
+            raise NumericalError("rm: all chosen responses have the same score, so the reward model has learnt nothing; try another --lr, or more data")
         if world.is_main:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
@@ -313,6 +321,7 @@ def dpo_stage(run: Run) -> None:
             "max_prompt": text.max_prompt,
             "max_response": text.max_response,
             "dtype": str(world.dtype),
+            "how": f"{world.device.type} {world.parallel}",  # in bf16 FSDP computes all in it, DDP products alone
         }
         logps = cached_logps(
             run.folder / "cache", key, [row.id for row in both],
@@ -567,6 +576,8 @@ def grid(given: dict) -> None:
     about_grid = {field.name for field in dataclasses.fields(GridFlags)} | {"out", "seed"}
     if "seed" in given:
         raise UsageError("--seed: a grid has --seeds, with commas between")
+    if "resume" in given:
+        raise UsageError("--resume: a grid goes on by itself where it stopped; leave the flag out")
     folder = Path(given.get("out", "runs/ablations"))
     flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
     rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid}, defaults())
@@ -597,6 +608,8 @@ def main(arguments: list[str]) -> None:
     stage = first.parse_known_args(arguments)[0].stage
     if stage is None:
         print(__doc__)
+        if {"-h", "--help"} & set(arguments):
+            return
         raise UsageError(f"--stage is missing; choose one of {', '.join(STAGES)}, ablations")
     given = vars(build_parser(stage).parse_args(arguments))
     given.pop("stage")
@@ -606,6 +619,11 @@ def main(arguments: list[str]) -> None:
     if given_again(given, stage):
         given["resume"] = True
     flags = take_flags(RunFlags, given)
+    made = Path(flags.out) / "data" / MANIFEST
+    if "seed" not in given and made.exists():  # one run, one seed
+        flags = dataclasses.replace(flags, seed=read_json(made)["flags"]["seed"])
+    if flags.seed < 0:
+        raise UsageError(f"--seed {flags.seed}: must be 0 or more")
     data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))
     if given.get("plan"):

@@ -72,7 +72,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     },
     "losses": {  # at a known flip rate: is it the selection that helps, or would a loss that knows of flips do?
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
-        "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-flip-rate": 0.2, "--flip-rate": 0.2}),
+        "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-assumed-flips": 0.2, "--flip-rate": 0.2}),
     },
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
     "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),

@@ -28,7 +28,7 @@ COLUMNS = {
     "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
     "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
     "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy",
-    "idealised_ranking_accuracy": "that of DPO's optimum", "tokens": "tokens", "ended": "ended", "dpo_pairs": "DPO pairs seen",
+    "idealised_ranking_accuracy": "that of DPO's optimum on all pairs", "tokens": "tokens", "ended": "ended", "dpo_pairs": "DPO pairs seen",
     "online_samples": "samples online",
 }  # fmt: skip
 
@@ -96,26 +96,26 @@ def frontier(line: dict, key: str, before: Sequence[dict] = ()) -> list[tuple[fl
 
 
 def at_equal_kl(a: dict, b: dict, key: str, lines: Sequence[dict] = ()) -> tuple[float, float, float] | None:
-    """The numbers of two of the lines at the KL of the nearer one's best point, and that KL; None where the farther one's is over twice as far.
+    """The numbers of two of the lines at the KL of the nearer one's best point, and that KL; None where the farther one was never about so near:
+    all of its weights are over twice as far, or it started from a model as far.
 
     The farther one is read on its frontier, straight between its points in the square root of the KL: a reward grows about so (Gao et al.,
     arXiv 2210.10760)."""
-    kls = [at("best", "kl_sft")(line) for line in (a, b)]
-    kl = min(kls)
-    if kl <= 0 or max(kls) > 2 * kl:
+    near, far = sorted((a, b), key=at("best", "kl_sft"))
+    kl, before = at("best", "kl_sft")(near), passed(lines, far)
+    nearest = min(point["kl_sft"] for point in far["points"].values())
+    if kl <= 0 or nearest > 2 * kl or any(point["kl_sft"] >= kl for point in before):
         return None
-    values = []
-    for line, own in zip((a, b), kls, strict=True):
-        places, numbers = zip(*frontier(line, key, passed(lines, line)), strict=True)
-        values.append(at("best", key)(line) if own == kl else float(np.interp(math.sqrt(kl), np.sqrt(places), numbers)))
-    return *values, kl
+    places, numbers = zip(*frontier(far, key, before), strict=True)
+    found = {id(near): at("best", key)(near), id(far): float(np.interp(math.sqrt(kl), np.sqrt(places), numbers))}
+    return found[id(a)], found[id(b)], kl
 
 
 def at_equal_pairs(a: dict, b: dict, key: str) -> tuple[float, float] | None:
     """The numbers of two lines of DPO after as many pairs as the shorter one saw, on straight lines between kept weights; None for others."""
-    if any(point["online_samples"] or not point["dpo_pairs"] for line in (a, b) for point in line["points"].values()):
-        return None
     pairs = min(at("last", "dpo_pairs")(line) for line in (a, b))
+    if not pairs or any(point["online_samples"] for line in (a, b) for point in line["points"].values()):
+        return None
     ways = [sorted([(0, line["marks"]["sft"][key]), *((point["dpo_pairs"], point[key]) for point in line["points"].values())]) for line in (a, b)]
     return tuple(float(np.interp(pairs, *zip(*way, strict=True))) for way in ways)
 
@@ -171,7 +171,8 @@ def compared(lines: Sequence[dict]) -> str:
         + f". Made by {len(versions)} version{'s' * (len(versions) > 1)} of the code.\n",
         gaps_text(one_per_seed(lines)),
         differences_text(lines, key),
-        f"At the weights that are {PICKS['best']}:\n",
+        f"At the weights that are {PICKS['best']}"
+        + ("; best-of-n has none: it is the best of 16 answers, at most so far from SFT, for 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
         "At each of the weights that one could pick (a score that rises while the true reward falls is over-optimisation):\n",
         table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in shown.items()}),
@@ -200,9 +201,9 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
         f"Differences of {COLUMNS[key]}, first row minus second, paired by seed. Intervals are of the noise between seeds, one comparison at a time: of twenty"
         f" differences that are none, one is called better or worse. Words: better and worse, where 0 is outside the interval; at least as good, where -{MATTERS:g} is."
         f" Smaller than {MATTERS:g} does not matter. Equal pairs: after as many as the one that saw fewer. Equal KL: at the best weights of the row that is nearer to SFT;"
-        f" the other where one would have stopped there, by its validation, between kept weights and those that it started from; not comparable where it is twice as far.\n"
+        f" the other where one would have stopped there, by its validation, between kept weights and those that it started from; not comparable where it was never about so near.\n"
     ]
-    header = ["", "seeds", *PICKS.values(), "at equal pairs", "at equal KL", "that KL", "shown at the best", "at equal KL"]
+    header = ["", "seeds", *PICKS.values(), "at equal pairs", "at equal KL", "that KL", "shown at the best", "shown at equal KL"]
     for claim, pairs in asked.items():
         rows = []
         for a, b in pairs:

@@ -11,6 +11,7 @@ flags, seed and inputs, never by a folder: a grid goes on where it stopped, on a
 reward; a line has it because eval.py measures it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,11 +31,12 @@ import numpy as np
 from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
 from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
-from data.files import atomic_write, digest, read_json, write_json
+from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import flag
 from data.prepare import DataFlags, WorldFlags
-from data.run import MANIFEST, code_version
+from data.run import MANIFEST, code_version, locked
 from data.synthetic import WORLDS
+from data.tokenizer import tokenizer_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, STAGES = ("tokenizer", "sft", "rm", "split"), ("dpo", "ppo")
@@ -88,7 +90,8 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     for line in (known[key] for key in keys.values() if key in known):
         check_defaults(grid, line)
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
-    failed = run_tasks(grid, pending, flags.jobs)
+    with locked(grid.rows) if pending else contextlib.nullcontext():  # two grids would write over each other's lines
+        failed = run_tasks(grid, pending, flags.jobs)
     if defects := [error for error in failed if not isinstance(error, Stop)]:
         raise defects[0]
     if failed:
@@ -164,9 +167,14 @@ def row_key(grid: Grid, name: str, seed: int) -> str:
 def described(grid: Grid, name: str, seed: int) -> dict:
     """A row's flags, seed and inputs, and those of the row that it starts from. Files are known by their contents."""
     row = ROWS[name]
-    flags = {flag: content(value) for flag, value in (grid.common | base_flags(name) | row.flags).items()}
+    flags = keyed(grid.common | base_flags(name) | row.flags)
     start = row.start and described(grid, row.start, seed)
     return {"flags": flags, "seed": seed, "judge": grid.judge_data and content(grid.judge_data), "start": start}
+
+
+def keyed(flags: dict[str, object]) -> dict[str, object]:
+    """Flags as they enter a key: a model to start from by its weights, files by their contents."""
+    return {flag: weights_digest(Path(value)) if flag == "--init" else content(value) for flag, value in flags.items()}
 
 
 def content(value):
@@ -190,7 +198,7 @@ def shared_flags(grid: Grid, name: str) -> dict[str, object]:
 
 
 def base_folder(grid: Grid, name: str, seed: int) -> Path:
-    flags = {flag: content(value) for flag, value in shared_flags(grid, name).items()}
+    flags = keyed(shared_flags(grid, name))
     return grid.out / "runs" / f"base-{seed}-{short_digest([flags, grid.judge_data and content(grid.judge_data)])}"
 
 
@@ -244,7 +252,8 @@ def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, c
         own |= {flag: value for flag, value in flags.items() if flag in (OF_DATA if name == "tokenizer" else OF_MODEL)}
     for unfinished in (folder / part for part in {"tokenizer": ("data", name)}.get(name, (name,))):
         if unfinished.exists() and not (unfinished / MANIFEST).exists():
-            shutil.rmtree(unfinished)  # a grid was stopped here
+            with locked(unfinished):  # unless another is at work
+                shutil.rmtree(unfinished)  # a grid was stopped here
     where = "." if cwd == folder else folder
     program(cwd or Path.cwd(), folder / "log.txt", "train.py", "--stage", name, "--out", where, "--seed", seed, *typed(everywhere | own), *more)
 
@@ -256,13 +265,15 @@ def make_base(grid: Grid, name: str, seed: int) -> None:
         return
     print(f"[ablations] what rows share, seed {seed}: {folder.name}\n", end="", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    if "--init" in flags:  # as in a chain
+        flags = {"--tokenizer-file": tokenizer_file(Path(flags["--init"]))} | flags
     for part in BASE:
         stage(folder, part, seed, flags)
     if grid.judge_data:
-        judge = folder / "judge"
+        judge, own = folder / "judge", {flag: value for flag, value in flags.items() if not flag.startswith("--tokenizer-")}
         judge.mkdir(exist_ok=True)
-        stage(judge, "tokenizer", seed + JUDGE_SEED, flags | {"--data": grid.judge_data}, "--file", folder / "tokenizer" / "tokenizer.model")
-        stage(judge, "rm", seed + JUDGE_SEED, flags | {"--rm-folds": 1}, "--init", folder / "sft")
+        stage(judge, "tokenizer", seed + JUDGE_SEED, own | {"--data": grid.judge_data}, "--file", folder / "tokenizer" / "tokenizer.model")
+        stage(judge, "rm", seed + JUDGE_SEED, own | {"--rm-folds": 1}, "--init", folder / "sft")
     (folder / "cache").mkdir(exist_ok=True)
     write_json(folder / "time.json", time.perf_counter() - began)
 
@@ -309,7 +320,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     asked += [word for flag in ("--device", "--dtype") if flag in grid.common for word in (flag, grid.common[flag])]
     judge = ["--reward-model", os.path.relpath(base / "judge" / "rm", folder)] if grid.judge_data else []
     program(folder, folder / "log.txt", "eval.py", *asked, *prompts(VALIDATION_PROMPTS), "--part", "validation", "--no-distances", *judge)
-    validation = read_json(folder / "eval" / "report.json")
+    validation = read_json(folder / "eval" / "report-validation.json")
     program(folder, folder / "log.txt", "eval.py", *asked, *prompts(TEST_PROMPTS), *([] if validation["world"] else judge))
     test = read_json(folder / "eval" / "report.json")
     points = {point: plain(test["rows"][point]) | cost(grid, name, seed, point) for point in test["rows"] if point.startswith(last)}
@@ -322,7 +333,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     return {
         "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
         "defaults": row_defaults(grid, name),
-        "setting": {flag: content(value) for flag, value in grid.common.items()},
+        "setting": keyed(grid.common),
         "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
         "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},
         "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "course": course(folder / last / "metrics.jsonl"),

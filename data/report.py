@@ -286,7 +286,7 @@ def report_text(report: dict) -> str:
     worth = {"score_raw": "reward model, raw", "score": "normalised"}
     won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
     far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
-    form = {"tokens": "tokens", "ended": "ended", "cut": "cut", "distinct_2": "distinct-2"}
+    form = {"tokens": "tokens", "ended": "ended", "distinct_2": "distinct-2"}
     own = {"chosen_shift": "shift of chosen", "rejected_shift": "shift of rejected", "ranking_accuracy": "ranking accuracy", "idealised_ranking_accuracy": "ideal"}
     references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
 
@@ -296,14 +296,14 @@ def report_text(report: dict) -> str:
 
     parts = [
         f"# The models of {report['run']}\n",
-        f"{n} test prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
+        f"{n} {report['part']} prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
         f" model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
         table(world | worth | won),
         f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
         f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
         table(far | form),
-        "On the test pairs' own responses: nats that their log-probabilities gained on SFT's, and how often the chosen one is the likelier; ideal is"
-        " what DPO's optimum would reach at this beta.\n",
+        f"On the {report['part']} pairs' own responses: nats that their log-probabilities gained on SFT's, and how often the chosen one is the likelier;"
+        " ideal is what DPO's optimum on all pairs would reach at this beta.\n",
         table(own),
     ]
     if world:

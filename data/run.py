@@ -90,6 +90,9 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     return True
 
 
+CHANGE_NO_RESULT = {"micro_batch"}  # flags that a stage may be resumed without, when memory ran out
+
+
 def key_differences(made: dict, key: dict) -> str:
     """How a stage's key differs from the one that it was made with; nothing where it does not."""
 
@@ -100,7 +103,7 @@ def key_differences(made: dict, key: dict) -> str:
     return "; ".join(
         difference(name, made[group].get(name), key[group].get(name))
         for group in key
-        for name in sorted({*made[group], *key[group]})
+        for name in sorted({*made[group], *key[group]} - CHANGE_NO_RESULT)
         if identity(made[group].get(name)) != identity(key[group].get(name))
     )
 

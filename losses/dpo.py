@@ -77,8 +77,8 @@ def dpo(pairs: Pairs, *, beta: float = 1.0, label_smoothing: float = 0.0, chosen
     return loss - chosen_weight * pairs.chosen_logp / pairs.chosen_length.clamp(min=1)  # (c)
 
 
-def robust(pairs: Pairs, *, beta: float = 1.0, flip_rate: float = 0.1) -> Tensor:
-    """Provably robust DPO: DPO's loss on clean labels, estimated from labels of which a share e = flip_rate is flipped; (B,).
+def robust(pairs: Pairs, *, beta: float = 1.0, assumed_flips: float = 0.1) -> Tensor:
+    """Provably robust DPO: DPO's loss on clean labels, estimated from labels of which a share e = assumed_flips is flipped; (B,).
 
         L = [ - (1 - e) log sigmoid(beta h) + e log sigmoid(-beta h) ] / (1 - 2e)
 
@@ -87,15 +87,15 @@ def robust(pairs: Pairs, *, beta: float = 1.0, flip_rate: float = 0.1) -> Tensor
 
     Args:
         beta: strength of the pull to the reference; smaller lets the policy move further (a larger KL)
-        flip_rate: share of the labels known to be flipped, in [0, 0.5)
+        assumed_flips: share of the labels known to be flipped, in [0, 0.5)
 
     Source: Chowdhury et al., arXiv 2403.00409; form read in TRL's code; unbiasedness derived (a test has the two lines).
     """
-    if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate is {flip_rate}: it must be in [0, 0.5), at a half the labels would say nothing")
+    if not 0 <= assumed_flips < 0.5:
+        raise ValueError(f"assumed_flips is {assumed_flips}: it must be in [0, 0.5), at a half the labels would say nothing")
     chosen, rejected = log_ratios(pairs)
     h = chosen - rejected
-    return (-(1 - flip_rate) * F.logsigmoid(beta * h) + flip_rate * F.logsigmoid(-beta * h)) / (1 - 2 * flip_rate)
+    return (-(1 - assumed_flips) * F.logsigmoid(beta * h) + assumed_flips * F.logsigmoid(-beta * h)) / (1 - 2 * assumed_flips)
 
 
 def ipo(pairs: Pairs, *, beta: float = 1.0) -> Tensor:

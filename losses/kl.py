@@ -15,7 +15,9 @@ autograd differentiates it, but not the distribution that y was drawn from: the 
     k2          not the gradient of KL(pi || ref)    grad KL(pi || ref)    use this
     k3          not the gradient of KL(pi || ref)    grad KL(ref || pi): the forward KL, only under its own name, forward_k3
 
-tests/losses/test_kl.py computes this table exactly on four tokens. In PPO's second and later epochs the samples are no longer the current
+tests/losses/test_kl.py computes this table exactly on four tokens, for one token drawn. In a response the KL of each token is that of the
+prefixes as they were drawn: k1 in the reward also teaches the policy to avoid prefixes that lead to a large KL later, a KL in the loss
+does not, and is the gradient of the sum of per-token KLs with prefixes held fixed. In PPO's second and later epochs the samples are no longer the current
 policy's, and a KL in the loss is then an approximation, as good as the ratio is near 1.
 
 Source: estimators from Schulman, "Approximating KL divergence" (2020); the table of gradients derived.

@@ -237,8 +237,8 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     """A LanguageModel or ScalarModel in the published layout, checked whole but not yet read: its parameters are on the meta device, until
     `distribute` or `fill` has put them where they are to live.
 
-    new_head: make a ScalarModel from a language model's trunk, its head drawn small from `seed`: N(0, 1e-2 / sqrt(D)) starts a reward
-    model's loss at ln 2. Raises CheckpointError naming the folder and up to five mismatches; nothing is ever loaded in part.
+    new_head: a language model's trunk makes a ScalarModel, too, its head drawn small from `seed`: N(0, 1e-2 / sqrt(D)) starts a reward
+    model's loss at ln 2; a reward model keeps its own. Raises CheckpointError naming the folder and up to five mismatches; nothing is ever loaded in part.
     """
     folder = Path(folder)
     described = read_json(folder / CONFIG)
@@ -246,6 +246,7 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     if is_scalar != (kind is ScalarModel) and not new_head:
         wanted, found = ("reward model", "language model") if kind is ScalarModel else ("language model", "reward model")
         raise CheckpointError(f"{folder}: holds a {found} where a {wanted} is needed")
+    new_head = new_head and not is_scalar
     config = config_from_json(described, folder / CONFIG)
     with torch.device("meta"):
         model = kind(config)

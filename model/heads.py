@@ -23,7 +23,7 @@ CHUNK = 4096  # response tokens whose logits exist at a time
 
 class TokenScores(NamedTuple):
     """What a policy says of given tokens. Column t of `logp` and `entropy` (B, T-1) is about token t+1, 0 off the mask; entropy only
-    where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t, 0 on padding."""
+    where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t, anything on padding."""
 
     logp: Tensor
     entropy: Tensor | None = None

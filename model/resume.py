@@ -241,8 +241,6 @@ class Saving:
             return {}
         place = self.folder / CHECKPOINTS / f"step-{step:08d}"
         state = read_json(place / STATE)
-        if state["dtype"] != str(self.world.dtype):
-            raise CheckpointError(f"{place}: was made with {state['dtype']}, this is {self.world.dtype}; resume it with the same --dtype")
         if not state["finished"]:
             put_training_state(model, optimiser, place)
         self.go_back_to(place, metrics, state["snapshots"])
@@ -302,8 +300,8 @@ class Saving:
         signals[self.world.rank] = self.signal
         came = int(self.world.total(signals).max())
         if came or self.every and (finished or step % self.every == 0):
-            files = training_files(model, optimiser, self.world.is_main)
-            size = 16 * sum(p.numel() for p in model.parameters())
+            files = {} if finished else training_files(model, optimiser, self.world.is_main)  # what is finished will take no further step
+            size = 0 if finished else 16 * sum(p.numel() for p in model.parameters())
             self.save(step, files, size, metrics, state | {"finished": finished})
         if came:
             name, place = signal.Signals(came).name, self.folder / CHECKPOINTS / f"step-{step:08d}"
@@ -321,7 +319,7 @@ class Saving:
             name = str(path.relative_to(self.folder))
             if path.is_file() and name not in self.snapshots:
                 self.snapshots[name] = digest(path)
-        described = {"step": step, **state, "snapshots": self.snapshots, "dtype": str(self.world.dtype), "versions": versions()}
+        described = {"step": step, **state, "snapshots": self.snapshots, "versions": versions()}
         contents = files | {STATE: json.dumps(described, indent=2, allow_nan=False).encode(), METRICS: metrics.written()}
         best = sorted(path for pattern in BEST for where in ("", "critic/") for path in self.folder.glob(where + pattern))
         contents |= {f"best/{path.relative_to(self.folder)}": path for path in best}

@@ -26,7 +26,8 @@ from data.report import profile_text
 from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import open_model, save_model
-from model.parallel import World
+from model.optim import BY_SIZE
+from model.parallel import DeviceFlags, World
 from model.resume import Saving, LoopFlags, last_checkpoint
 
 
@@ -72,6 +73,8 @@ class Run:
         """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
         same key, and that is said."""
         folder, flags = self.folder / name, flags | {"seed": self.flags.seed}
+        if name in BY_SIZE:  # its network computes in this
+            flags |= {"dtype": take_flags(DeviceFlags, self.given).dtype}
         finished = False
         with contextlib.ExitStack() as lock:
             if self.world.is_main:
@@ -123,7 +126,7 @@ class Run:
 
 def leave_no_trace(folder: Path) -> None:
     """Removes a stage's folder in which nothing was made yet, so that the corrected command can simply be run."""
-    if folder.exists() and not any(path.stat().st_size for path in folder.iterdir() if path.name != FLAGS):
+    if folder.exists() and not any(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != FLAGS):
         shutil.rmtree(folder)
 
 
@@ -210,13 +213,13 @@ def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
 
 
 def validation_prompts(run: Run, text: Text, count: int) -> list[tuple[int, ...]]:
-    """Ids of the first `count` different prompts of the validation part; raises DataError where processes would go without."""
+    """Ids of the first `count` different prompts of the validation part, or one for each process; raises DataError where some would go without."""
     pairs = load_pairs(run.folder / "data", "validation")
     prompts = dict.fromkeys((pair.prompt, pair.style) for pair in pairs)
     fitting = [ids for prompt in prompts if (ids := encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0])]
     if len(fitting) < run.world.size:
         raise DataError(f"{run.folder / 'data'}: {len(fitting)} validation prompts for {run.world.size} processes; raise --validation-share")
-    return fitting[:count]
+    return fitting[: max(count, run.world.size)]
 
 
 def parameters(model) -> int:

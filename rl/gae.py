@@ -16,7 +16,7 @@ tensor (B, T-1) is token t+1, so it is chosen in the state of value values[:, t]
     V(s_t+1)             V2   V3   end          end: 0, or V4 for a row that bootstraps
 
 Where a response ends. After an end token nothing more can be earned: the value is 0. A response cut at the length cap would have gone
-on, so a caller who does not already charge it for that sets `bootstrap` and its last action leads to V4 instead.
+on, so a caller who neither scores it nor charges it for that sets `bootstrap`, and its last action leads to V4 instead.
 
 Source: Schulman et al., arXiv 1506.02438, equation 16, as the backward recursion that is in the code of openai/lm-human-preferences;
 the bootstrap is ours (there every response has the same length).

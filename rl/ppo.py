@@ -48,7 +48,7 @@ class PpoFlags:
     minibatch: int = flag(32, "responses per optimiser step, over all processes", positive=True)
     micro_batch: int = flag(16, "responses per forward pass on one process; changes memory and speed, not results", positive=True)
     temperature: float = flag(1.0, "of sampling and of all log-probabilities alike", positive=True)
-    kl_coef: float = flag(0.1, "cost of one nat of KL to the reference, in units of score")
+    kl_coef: float = flag(0.1, "cost of one nat of KL to the reference: in the reward in units of score, in the loss of whitened advantages")
     kl_target: float | None = flag(None, "adapt the coefficient towards this KL per sequence (default: coefficient stays)", positive=True)
     kl_horizon: float = flag(1000.0, "responses over which the adaptive coefficient moves", positive=True)
     kl_estimator: str = flag("k1", "k1 in the reward; in the loss k2, or forward_k3, which follows the forward KL", choices=("k1", "k2", "k3", "forward_k3"))
@@ -61,7 +61,7 @@ class PpoFlags:
     critic: str = flag("separate", "a model of its own from the reward model, or a value head on the policy's trunk: faster, but noisier", choices=("separate", "trunk"))
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
-    bootstrap: bool = flag(False, "a response cut at the length limit keeps the value of going on")
+    bootstrap: bool = flag(False, "what a response cut at the length limit ends with is the critic's value of going on, in place of score and penalty")
     target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
     warmup: float = flag(0.1, "share of the rounds in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
@@ -87,6 +87,11 @@ def check_ppo_flags(flags: PpoFlags) -> None:
     for name in ("entropy_coef", "end_penalty", "value_clip"):
         if getattr(flags, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
+    if flags.kl_target and flags.prompts_per_iteration > flags.kl_horizon:
+        raise UsageError(
+            f"--kl-horizon {flags.kl_horizon:g}: is less than --prompts-per-iteration {flags.prompts_per_iteration}; one round would move the coefficient"
+            " by more than a fifth, and from five horizons on below 0; take a longer one"
+        )
     if flags.kl_target is None and flags.kl_horizon != PpoFlags.kl_horizon:
         raise UsageError(f"--kl-horizon {flags.kl_horizon}: is read with --kl-target alone; give that, or leave it out")
 
@@ -101,10 +106,12 @@ class Batch:
 
 
 def make_batch(rollout: Rollout, kl_coef: float, flags: PpoFlags, world: World) -> Batch:
-    """Rewards, advantages and returns of a rollout; advantages whitened over all processes."""
+    """Rewards, advantages and returns of a rollout; advantages whitened over all processes.
+
+    A response that bootstraps is not scored: its last value already says what score its whole would get."""
     in_reward = kl_coef if flags.kl_placement == "reward" else 0.0
-    rewards = token_rewards(rollout.scores, rollout.kl, rollout.mask, in_reward)
     bootstrap = ~rollout.ended if flags.bootstrap else torch.zeros_like(rollout.ended)
+    rewards = token_rewards(rollout.scores.where(~bootstrap, 0.0), rollout.kl, rollout.mask, in_reward)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, bootstrap, flags.discount, flags.gae_lambda)
     return Batch(rollout, whiten(advantages, rollout.mask, moments_over_ranks(advantages, rollout.mask, world)), returns)
 
@@ -141,8 +148,8 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
             "kl_old_tok": k3(old_logp, scored.logp, mask).sum(),
             "entropy": entropy.detach(),
         }
-        largest = torch.where(mask, (scored.logp - old_logp).abs(), 0.0).max()
-    return total, metrics | {"largest_log_ratio": largest}
+        drift = torch.where(mask, (scored.logp - old_logp).abs(), 0.0)
+    return total, metrics | {"log_ratio": drift.sum(), "largest_log_ratio": drift.max()}
 
 
 def update(
@@ -186,16 +193,17 @@ def update(
                 (total * (world.size / count if counts else 0.0)).backward()
             if counts and not all(map(math.isfinite, metrics.values())):
                 suspects += rows.tolist()
-            drift = float(metrics.pop("largest_log_ratio"))
-            largest = max(largest, drift if counts else 0.0)
+            own = float(metrics.pop("largest_log_ratio"))
+            largest = max(largest, own if counts else 0.0)
             for name, value in metrics.items():
                 numbers[name] = numbers.get(name, 0.0) + (float(value) if counts else 0.0)
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
         where = f"ppo, iteration {iteration}, update {index}"
         if not all(map(math.isfinite, totals.values())):
             raise saving.not_finite(where, broken_names(totals), as_rows(batch.rollout, suspects, world), world)
+        mean_log_ratio = totals.pop("log_ratio") / count
         if index == 0:
-            first_log_ratio = check_first_ratio(world, largest, where)
+            first_log_ratio = check_first_ratio(world, mean_log_ratio, largest, where)
         try:
             norm = clipped_step(model, optimiser, lr, flags.clip, where)
         except NumericalError as error:
@@ -221,16 +229,17 @@ def as_rows(rollout: Rollout, rows: Sequence[int], world: World) -> list[Row]:
     return made
 
 
-def check_first_ratio(world: World, largest: float, where: str) -> float:
-    """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio. Returns the largest |log ratio|
-    of all processes; raises NumericalError where it is not 0 up to rounding."""
+def check_first_ratio(world: World, mean: float, largest: float, where: str) -> float:
+    """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio. mean: of |log ratio| over the tokens
+    of all processes; largest: of this one's. Returns the largest of all; raises NumericalError where it is not 0 up to rounding, which in
+    bf16, where a logit near 30 moves in steps of 1/8, only the mean can tell."""
     everyone = np.zeros(world.size)
     everyone[world.rank] = largest
     largest = float(world.total(everyone).max())
-    bound = 0.1 if world.dtype == torch.bfloat16 else 1e-4
-    if largest > bound:
+    what, value, bound = ("mean", mean, 0.05) if world.dtype == torch.bfloat16 else ("largest", largest, 1e-4)
+    if value > bound:
         raise NumericalError(
-            f"{where}: the first ratio is not 1: a log ratio of {largest:.2e} (bound {bound}); old log-probabilities and update do not"
+            f"{where}: the first ratio is not 1: a {what} log ratio of {value:.2e} (bound {bound}); old log-probabilities and update do not"
             " see the same model, tokens or temperature"
         )
     return largest

@@ -21,7 +21,7 @@ from data.report import preference_numbers
 from data.run import begin_stage, finish_stage
 from data.synthetic import best_response, kind, true_reward
 from data.tokenizer import Tokenizer, train_tokenizer
-from eval import EvalFlags, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
+from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
 from model.checkpoint import save_model
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import World, exit_code
@@ -164,7 +164,6 @@ def test_report_in_a_world(report, world_run):
     assert rows["sft"]["wins_against_sft"] is None and rows["chosen"]["wins_against_chosen"] is None
     for numbers in rows.values():
         assert numbers["score"]["mean"] == pytest.approx((numbers["score_raw"]["mean"] - 0.5) / 2.0)
-        assert numbers["ended"]["mean"] + numbers["cut"]["mean"] == 1.0
         assert 1 <= numbers["tokens"]["mean"] <= 10
     assert (rows["dpo"]["reference"], rows["ppo"]["reference"], rows["sft"]["reference"]) == ("sft", "dpo", None)
     assert rows["dpo"]["kl_ref"] == rows["dpo"]["kl_sft"] and rows["ppo"]["kl_ref"] != rows["ppo"]["kl_sft"]
@@ -204,6 +203,25 @@ def test_kl_is_on_samples_at_temperature_one_however_answers_are_decoded(report,
         assert other["dpo"]["score_raw"]["mean"] != pytest.approx(report["rows"]["dpo"]["score_raw"]["mean"], rel=1e-3)
 
 
+def test_validation_has_a_report_of_its_own(report, world_run):
+    text = compare_run(world_run, ALONE, EvalFlags(part="validation", distances=False))
+    assert (world_run / "eval" / "report-validation.md").read_text() == text and " validation prompts of advice" in text and "On the validation pairs'" in text
+    assert read_json(world_run / "eval" / "report-validation.json")["part"] == "validation"
+
+
+def test_the_pairs_that_are_looked_at_are_those_of_the_answered_prompts(plain_run):
+    compare_run(plain_run, ALONE, EvalFlags(models="dpo", prompts=3))
+    row = read_json(plain_run / "eval" / "report.json")["rows"]["dpo"]
+    assert row["tokens"]["n"] == 3 and row["ranking_accuracy"]["n"] == 6  # two pairs of each prompt
+
+
+def test_models_are_at_hand_whatever_training_did_with_its_own(plain_run, monkeypatch):
+    worlds, load = [], Setting.load
+    monkeypatch.setattr(Setting, "load", lambda self, *args: worlds.append(self.world) or load(self, *args))
+    compare_run(plain_run, replace(ALONE, rank=1, size=2, parallel="fsdp", offload=True), EvalFlags(models="dpo"))
+    assert set(worlds) == {ALONE}
+
+
 def test_without_distances_answers_are_worth_the_same(report, world_run):
     compare_run(world_run, ALONE, EvalFlags(distances=False))
     rows = read_json(world_run / "eval" / "report.json")["rows"]
@@ -221,8 +239,9 @@ def test_the_policy_that_dpo_aims_at_follows_the_labels_that_it_learns_from(worl
         described = read_json(path)
         write_json(path, described | {"flags": described["flags"] | flags})
     monkeypatch.setattr(evaluation, "preference_numbers", lambda logps, ref_logps, ideal: aims.append(ideal) or preference_numbers(logps, ref_logps, ideal))
-    found = evaluation.pair_preferences(run, {"sft": weights_digest(run / "sft"), "dpo": weights_digest(run / "dpo")}, replace(setting(run), world_name="advice"))
-    odds, pairs = [], load_pairs(run / "data", "test")
+    digests, pairs = {name: weights_digest(run / name) for name in ("sft", "dpo")}, load_pairs(run / "data", "test")
+    found = evaluation.pair_preferences(run, digests, [Question(pair.prompt, "", ()) for pair in pairs], replace(setting(run), world_name="advice"))
+    odds = []
     kept = {row.id for row in encode_pairs(pairs, setting(run).text.tokenizer, *LIMITS.values())[0]}  # others are equal once cut
     for pair in (pair for pair in pairs if pair.id in kept):
         drive = true_reward("advice", pair.prompt, pair.chosen) - true_reward("advice", pair.prompt, pair.rejected)

@@ -10,6 +10,7 @@ from runs import TINY, WORLD, command, here
 from data import grid
 from data.ablations import Row
 from data.errors import UsageError
+from data.run import locked
 from train import build_parser, defaults
 
 ROWS = ("dpo-easy", "best-of-n", "mpo")
@@ -121,6 +122,35 @@ def test_every_stage_takes_what_is_typed_for_all_rows(tmp_path, monkeypatch):
     assert ["data" in flags for flags in taken.values()] == [True] + [False] * 5 and ["size" in flags for flags in taken.values()] == [False, True] + [False] * 4
 
 
+def test_a_given_model_and_a_given_vocabulary_reach_every_base(made, tmp_path, monkeypatch):
+    """The tokenizer of --init is the run's, the judge has the run's whatever is said of tokenizers; a model is known by its weights."""
+    model = next((made[0] / "runs").glob("base-1-*")) / "sft"
+    copy = shutil.copytree(model, tmp_path / "copy")
+    words, keys = [], []
+    monkeypatch.setattr(grid, "program", lambda folder, log, script, *arguments: words.append(list(map(str, arguments))))
+    for given in ({"--init": str(model)}, {"--init": str(copy)}, {"--tokenizer-vocab-size": 300}):
+        asked = grid.Grid(tmp_path / str(len(keys)), tmp_path / "rows.jsonl", {"--data": "advice"} | given, "advice", {})
+        keys.append(grid.row_key(asked, "dpo-easy", 1))
+        grid.make_base(asked, "dpo-easy", 1)
+    taken = [(line[1], vars(build_parser(line[1]).parse_args(line))) for line in words]
+    assert len(taken) == 18 and keys[0] == keys[1] != keys[2]
+    tokenizers = [flags for name, flags in taken if name == "tokenizer"]
+    assert [flags.get("file", "").startswith(str(model)) for flags in tokenizers] == [True, False, False, False, False, False]
+    assert [flags.get("vocab_size") for flags in tokenizers] == [None, None, None, None, 300, None]
+    assert all(flags["file"].endswith("tokenizer/tokenizer.model") for flags in tokenizers[1::2])
+    assert [flags["init"] for name, flags in taken if name == "sft" and "init" in flags] == [str(model), str(copy)]
+
+
+def test_a_stage_that_another_grid_is_at_work_on_is_left_alone(tmp_path):
+    (tmp_path / "row" / "dpo").mkdir(parents=True)
+    with locked(tmp_path / "row" / "dpo"), pytest.raises(UsageError, match="is at work here"):
+        grid.stage(tmp_path / "row", "dpo", 1, {})
+    assert (tmp_path / "row" / "dpo").exists()
+    (tmp_path / "rows.jsonl").touch()
+    with locked(tmp_path / "rows.jsonl"):
+        assert "is at work here" in here("--stage", "ablations", "--out", tmp_path, "--only", "dpo-easy", "--seeds", 1, *WORLD, *TINY, expect=2)
+
+
 def test_files_are_known_by_their_contents(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text("same")
@@ -147,6 +177,7 @@ def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
     for words, message in (
         (("--ppo-part", "all"), "--ppo-part: is what the rows differ in"),
         (("--seed", "3"), "--seed: a grid has --seeds"),
+        (("--resume",), "--resume: a grid goes on by itself"),
         (("--seeds", "1,x"), "--seeds 1,x: give whole numbers"),
         (("--only", "no-such"), "--only no-such: no such row"),
     ):

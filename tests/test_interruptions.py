@@ -241,9 +241,15 @@ def test_other_flags_are_refused_with_the_difference(stopped, chain):
     assert re.search(r"\(lr was 0\.\d+, is 0\.5\); resume it with those", message)
     assert "--seed 7" in here("--stage", "sft", "--out", stopped, *FLAGS["sft"], "--resume", "--seed", 7, expect=2)  # another seed, other data
     message = here("--stage", "sft", "--out", stopped, *FLAGS["sft"], "--resume", "--dtype", "bf16", expect=4)
-    assert "resume it with the same --dtype" in message
+    assert "(dtype was fp32, is bf16); resume it with those" in message
     assert "other settings (epochs was 1.0, is 0.4" in here("--stage", "sft", "--out", chain, *FLAGS["sft"], "--resume", expect=4)
     assert files(stopped) == state
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_in_smaller_micro_batches(stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    assert "resumed from" in here("--stage", "sft", "--out", run, *FLAGS["sft"], "--resume", "--micro-batch", 1)
+    assert (run / "sft" / "manifest.json").exists()
 
 
 def test_an_unfinished_folder_needs_resume_and_resume_needs_one(stopped, chain, tmp_path):

@@ -33,7 +33,7 @@ def test_what_it_exchanges(found):
     layers, table, norm, head = 2 * 872, 8 * 32, 4, 32
     numbers = {"policy": layers + 2 * table + norm + head, "reference": layers + 2 * table + norm, "reward model": layers + table + norm + head}
     gathered = {name: 8 * 2 * count for name, count in numbers.items()}
-    sums = 8 * 6 + 8 * 8 + 4 * 16  # six metrics and eight first ratios in float64, the norms of 16 parameters in float32
+    sums = 8 * 7 + 8 * 8 + 4 * 16  # six metrics, the log ratio and eight first ratios in float64, the norms of 16 parameters in float32
     for one, micro_batches in zip(found, (1, 4), strict=True):
         assert one.exchanged["first token"] == {"all-gather": (3, gathered["policy"])}
         assert one.exchanged["each further token"] == {"all-reduce": (1, 8)}

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -20,8 +21,8 @@ import data.advice
 import data.digest
 import data.synthetic
 import eval as evaluation
-from data.batches import encode_pairs
-from data.errors import UsageError
+from data.batches import encode_pairs, stable_hash
+from data.errors import DataError, UsageError
 from data.grid import GridFlags
 from data.prepare import DataFlags, WorldFlags, load_pairs
 from data.split import read_split
@@ -34,8 +35,9 @@ from model.parallel import DeviceFlags, World
 from model.plan import PlanFlags
 from model.resume import LoopFlags
 from model.score import reference_logps
-from model.stage import RunFlags
-from train import STAGE_FLAGS
+from losses.dpo import PREFERENCE_LOSSES
+from model.stage import Run, RunFlags, Text, validation_prompts
+from train import STAGE_FLAGS, loss_fields
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 
@@ -467,6 +469,7 @@ REFUSED = [
     ("--stage ppo --entropy-coef -1", "--entropy-coef -1"),
     ("--stage mpo --ppo-end-penalty -3", "--ppo-end-penalty -3"),
     ("--stage ppo --kl-horizon 5", "--kl-target"),
+    ("--stage ppo --kl-target 2 --kl-horizon 100", "--kl-horizon 100: is less than --prompts-per-iteration 128"),
     ("--stage ppo --part all --prompts jsonl:prompts.jsonl", "--part all"),
     ("--stage ppo --kl-target 2 --kl-coef 0", "--kl-coef 0, --kl-target"),
     ("--stage ppo --ratio-clip 5", "--ratio-clip 5"),
@@ -523,7 +526,67 @@ def test_prompts_that_processes_cannot_share_are_refused_at_once(tmp_path, monke
     assert f"{flag} 7" in message and "multiple of the 2 processes" in message and not (tmp_path / "run").exists()
 
 
+def test_a_run_has_one_seed(tmp_path, monkeypatch):
+    """That of its data, where none is typed; another one is refused."""
+    run = tmp_path / "run"
+    here("--stage", "tokenizer", "--out", run, *WORLD, "--seed", 7)
+
+    def enough(*args, **more):
+        raise UsageError("enough")
+
+    monkeypatch.setattr("model.fit.fit", enough)
+    assert " seed=7 " in here("--stage", "sft", "--out", run, expect=2)
+    assert f"--seed 3: {run / 'data'} was made with 7" in here("--stage", "sft", "--out", run, "--seed", 3, expect=2)
+    assert "--seed -1: must be 0 or more" in here("--stage", "tokenizer", "--out", tmp_path / "other", "--seed", -1, expect=2)
+
+
+def test_a_finished_stage_is_not_taken_for_one_in_another_dtype_but_for_one_in_other_micro_batches(chain):
+    message = here("--stage", "sft", "--out", chain, *BUDGETS["sft"], "--dtype", "bf16", expect=2)
+    assert "finished with other settings (dtype was fp32, is bf16)" in message
+    assert "[sft] is finished already" in here("--stage", "sft", "--out", chain, *BUDGETS["sft"], "--micro-batch", 3)
+
+
+def test_folds_that_all_prompts_fall_into_one_of_are_refused(chain, tmp_path, monkeypatch):
+    run = copy_of(chain, tmp_path / "run", *STAGES[2:])
+    monkeypatch.setattr("data.batches.stable_hash", lambda *parts: 0 if parts[0] == "fold" else stable_hash(*parts))
+    assert "training prompts fall into one of 2 folds; give more, or --folds 1" in here("--stage", "rm", "--out", run, *BUDGETS["rm"], expect=3)
+    assert not (run / "rm").exists()
+
+
+def test_a_reward_model_that_tells_nothing_apart_is_refused(chain, tmp_path, monkeypatch):
+    run = copy_of(chain, tmp_path / "run", *STAGES[2:])
+    monkeypatch.setattr("model.score.reward_scores_of_pairs", lambda model, rows, *more: torch.full((len(rows), 2), 0.3).double().numpy())
+    message = here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--folds", 1, expect=5)
+    assert "all chosen responses have the same score" in message and not (run / "rm" / "manifest.json").exists()
+
+
+def test_an_argument_of_a_loss_cannot_take_the_name_of_another_flag(monkeypatch):
+    def cut(pairs, *, beta: float = 0.1, clip: float = 1.0):
+        """A loss.
+
+        Args:
+            beta: strength
+            clip: not the gradient's
+        """
+
+    monkeypatch.setitem(PREFERENCE_LOSSES, "cut", cut)
+    with pytest.raises(ValueError, match="cut: its argument clip has the name of a flag"):
+        loss_fields()
+
+
+def test_many_processes_have_a_validation_prompt_each(chain, monkeypatch):
+    pairs = [SimpleNamespace(prompt=f"Name {n}.", style="plain") for n in range(80)]
+    monkeypatch.setattr("model.stage.load_pairs", lambda folder, part: pairs)
+    path = chain / "tokenizer" / "tokenizer.model"
+    text = Text(Tokenizer(path), path, 100, 24)
+    for size, count in ((1, 64), (70, 70)):
+        assert len(validation_prompts(Run(chain, RunFlags(), dataclasses.replace(ALONE, size=size), {}, False, {}), text, 64)) == count
+    with pytest.raises(DataError, match="80 validation prompts for 90 processes"):
+        validation_prompts(Run(chain, RunFlags(), dataclasses.replace(ALONE, size=90), {}, False, {}), text, 64)
+
+
 def test_help_lists_exactly_the_flags_of_the_stage():
+    assert "which stage, from which checkpoint" in here("--help") and "--stage is missing" in here(expect=2)
     described = here("--stage", "dpo", "--help")
     assert re.search(r"--beta ", described) and re.search(r"--lr ", described)
     assert "--kl-coef" not in described and "--folds" not in described and "--dpo-lr" not in described
@@ -614,3 +677,19 @@ def test_stored_moments_are_those_of_the_demonstrations_and_folds_score_what_the
         others = sum(row["fold"] != fold for row in rows)
         expected = max(1, round(0.3 * -(-others // 8)))
         assert len(steps(chain / "rm" / f"fold-{fold}")) == expected
+        model, text = load_model(chain / "rm" / f"fold-{fold}", ScalarModel).eval(), Tokenizer(chain / "tokenizer" / "tokenizer.model")
+        written = {row["id"]: row for row in rows if row["fold"] == fold}
+        for row in encode_pairs([pair for pair in load_pairs(chain / "data", "train") if pair.id in written], text, 160, 24)[0][:3]:
+            for one, score in ((row.chosen, written[row.id]["chosen"]), (row.rejected, written[row.id]["rejected"])):
+                assert model(torch.tensor([one.prompt + one.response]), torch.tensor([one.length])).item() == pytest.approx(score, abs=1e-5)
+
+
+def test_ppos_four_models_share_no_memory(chain, tmp_path, monkeypatch):
+    def train_ppo(model, ref, reward_model, *args, **more):
+        places = [{tensor.untyped_storage().data_ptr() for tensor in part.parameters()} for part in (model.policy, model.critic, ref, reward_model)]
+        assert len(set.union(*places)) == sum(map(len, places)) > 40
+        assert all(map(torch.equal, model.critic.parameters(), reward_model.parameters()))  # which it starts as
+        raise UsageError("enough")
+
+    monkeypatch.setattr("rl.ppo.train_ppo", train_ppo)
+    assert "enough" in here("--stage", "ppo", "--out", copy_of(chain, tmp_path / "run", "ppo"), *BUDGETS["ppo"], expect=2)

@@ -53,8 +53,12 @@ def test_rows_are_compared_at_the_kl_of_the_nearer_ones_best_weights():
     mine, theirs, kl = at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), near, "true_reward")
     part = (0.6**0.5 - 0.5**0.5) / (1 - 0.5**0.5)  # of the way from the root of 0.5, where it is 1, to that of 1, where it is 2
     assert (mine, theirs, kl) == pytest.approx((1 + part, 1.8, 0.6))
-    assert at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), line("ppo-all", 1, (1, 2, 2), kls=(0.2, 0.4, 0.8)), "true_reward") is None
-    assert verdict(None) == "not comparable"  # the best of one is at 0.4, of the other at 1
+    early = line("ppo-all", 1, (1, 2, 2), kls=(0.2, 0.26, 0.8))
+    assert at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), early, "true_reward") == pytest.approx(((0.26 / 0.5) ** 0.5, 2, 0.26))  # 0.5 has 1
+    early["points"]["ppo"]["kl_sft"] = early["points"]["ppo/snapshot-1"]["kl_sft"] = 0.24
+    assert at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), early, "true_reward") is None  # its nearest are over twice as far
+    early["points"]["ppo"]["kl_sft"] = 0.0
+    assert at_equal_kl(early, early, "true_reward") is None and verdict(None) == "not comparable"
 
 
 def test_what_validation_thinks_worse_than_something_nearer_is_not_on_the_frontier():
@@ -71,7 +75,7 @@ def test_a_row_has_been_where_it_started_from():
     lines = [dpo, mpo]
     assert passed(lines, mpo) == [dpo["points"]["dpo"]] and passed(lines, dpo) == [] and passed([mpo], mpo) == []
     assert frontier(mpo, "true_reward", passed(lines, mpo))[:3] == [(0.0, 0.0), (0.3, 1.2), (0.5, 1.6)]
-    assert "equal_kl" not in differences(lines, "mpo", "dpo-easy")  # 0.3 against 1
+    assert "equal_kl" not in differences(lines, "mpo", "dpo-easy")  # where DPO ends MPO begins
     assert passed([line("dpo-easy", 1, (1, 1, 1)), mpo], line("mpo-sft-start", 1, (1, 1, 1))) == []
 
 
@@ -81,7 +85,11 @@ def test_dpo_is_compared_after_equally_many_pairs():
         for turn, point in enumerate((*[name for name in found["points"] if "/" in name], "dpo"), 1):
             found["points"][point] = found["points"][point] | {"dpo_pairs": step * (2 if point == "dpo" else turn)}
     assert at_equal_pairs(few, many, "true_reward") == pytest.approx((3.0, 1.5))  # after 30: the last of one, half-way from 20 to 40 of the other
-    assert at_equal_pairs(few, line("mpo", 1, (1, 2, 3)) | {"points": {"ppo": {"online_samples": 8, "dpo_pairs": 3}}}, "true_reward") is None
+    few["points"]["dpo/snapshot-0"]["dpo_pairs"] = 0  # a row whose best weights are SFT's
+    assert at_equal_pairs(few, many, "true_reward") == pytest.approx((3.0, 1.5))
+    online = line("mpo", 1, (1, 2, 3))
+    online["points"]["ppo"]["online_samples"] = 8
+    assert at_equal_pairs(few, online, "true_reward") is None
     assert differences([few, many], "dpo-easy", "dpo-all")["equal_pairs"][0] == pytest.approx(1.5)
 
 

@@ -77,8 +77,8 @@ def test_chosen_weight_adds_the_likelihood_per_token_of_the_chosen_response_only
 
 def test_robust_closed_form_and_dpo_at_no_flips():
     pairs = pairs_with([10.0, -3.0])
-    assert robust(pairs, beta=0.1, flip_rate=0.1)[0].item() == pytest.approx((0.9 * 0.313262 - 0.1 * 1.313262) / 0.8, abs=2e-6)
-    assert torch.allclose(robust(pairs, flip_rate=0.0), dpo(pairs), atol=1e-6)
+    assert robust(pairs, beta=0.1, assumed_flips=0.1)[0].item() == pytest.approx((0.9 * 0.313262 - 0.1 * 1.313262) / 0.8, abs=2e-6)
+    assert torch.allclose(robust(pairs, assumed_flips=0.0), dpo(pairs), atol=1e-6)
 
 
 @pytest.mark.parametrize("flip_rate", [0.05, 0.1, 0.3, 0.45])
@@ -92,7 +92,7 @@ def test_robust_is_unbiased_and_conservative_dpo_is_not(flip_rate):
     def averaged(loss, **flags):
         return (1 - flip_rate) * loss(pairs, **flags) + flip_rate * loss(flipped, **flags)
 
-    assert torch.allclose(averaged(robust, flip_rate=flip_rate), dpo(pairs), atol=2e-5)
+    assert torch.allclose(averaged(robust, assumed_flips=flip_rate), dpo(pairs), atol=2e-5)
     assert not torch.allclose(averaged(dpo, label_smoothing=flip_rate), dpo(pairs), atol=2e-3)
 
 
@@ -133,7 +133,7 @@ def test_doubling_a_response_doubles_the_sum_and_not_the_mean():
         assert torch.equal(loss(pairs(1, 100)), loss(pairs(1, 0)))
 
 
-@pytest.mark.parametrize(("loss", "flag"), [(dpo, "label_smoothing"), (robust, "flip_rate")])
+@pytest.mark.parametrize(("loss", "flag"), [(dpo, "label_smoothing"), (robust, "assumed_flips")])
 @pytest.mark.parametrize("share", [0.5, 0.9, -0.1])
 def test_shares_of_wrong_labels_are_below_a_half(loss, flag, share):
     with pytest.raises(ValueError, match=flag):

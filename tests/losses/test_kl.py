@@ -71,6 +71,31 @@ def test_golden_gradients_are_those_of_the_two_divergences():
     assert forward[0].tolist() == pytest.approx(FORWARD_KL_GRADIENT, abs=1e-5)
 
 
+def test_in_a_sequence_k1_in_the_reward_follows_the_whole_kl_and_k2_in_the_loss_that_of_fixed_prefixes():
+    """Two binary tokens, of which the second depends on the first, and every sequence weighted by its probability."""
+    logits = torch.tensor([0.8, -0.5, 1.2], requires_grad=True)  # of a first 1; of a second 1 after 0, after 1
+    ref_logits = torch.tensor([-0.3, 0.4, -1.0])
+    prefixes, tokens = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 2]]), torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).bool()
+
+    def logps(x):
+        return torch.where(tokens, x[prefixes], -x[prefixes]).sigmoid().log()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0].tolist()
+
+    logp, ref_logp = logps(logits), logps(ref_logits)
+    probability = logp.sum(dim=1).exp()
+    drawn = probability.detach()[:, None]
+    whole = gradient((probability * (logp - ref_logp).sum(dim=1)).sum())
+    to_go = k1(logp, ref_logp).detach().flip(1).cumsum(1).flip(1)
+    assert gradient((drawn * to_go * logp).sum()) == pytest.approx(whole, abs=1e-6)
+    visits = torch.stack([torch.tensor(1.0), 1 - logits[0].sigmoid(), logits[0].sigmoid()]).detach()
+    two = [torch.stack([-x, x], dim=1).sigmoid().log() for x in (logits, ref_logits)]
+    fixed = gradient((visits * (two[0].exp() * (two[0] - two[1])).sum(dim=1)).sum())
+    assert gradient((drawn * k2(logp, ref_logp)).sum()) == pytest.approx(fixed, abs=1e-6)
+    assert abs(whole[0] - fixed[0]) > 0.05 and whole[1:] == pytest.approx(fixed[1:], abs=1e-6)
+
+
 @pytest.mark.parametrize(("estimator", "placement"), KL_PLACEMENTS)
 def test_allowed_placements_follow_what_they_promise(estimator, placement):
     check_kl_placement(estimator, placement)

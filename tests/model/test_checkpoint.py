@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,6 +95,20 @@ def test_a_reward_model_starts_from_a_language_models_trunk(tmp_path):
     tokens, _ = to_tensors(ragged_rows(64), 3, torch.device("cpu"))
     with torch.no_grad():
         assert first(tokens)[:, -1].std() < 0.05  # margins start near 0, the loss near ln 2
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_loading_draws_no_random_numbers_that_others_draw_from(new_head, tmp_path):
+    stored(tmp_path)
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    load_model(tmp_path, ScalarModel if new_head else LanguageModel, new_head=new_head)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (random.getstate(), repr(np.random.get_state())) == before[1:]
+
+
+def test_a_reward_model_that_starts_another_keeps_its_head(tmp_path):
+    first = stored(tmp_path, kind=ScalarModel)
+    again = load_model(tmp_path, ScalarModel, new_head=True, seed=5)
+    assert torch.equal(first.score.weight, again.score.weight)
 
 
 # ---- what is refused

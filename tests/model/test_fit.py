@@ -162,6 +162,15 @@ def test_the_dpo_objective_equals_the_formula_on_sums_over_response_tokens():
     assert numbers["accuracy"] == sum(margin > 0 for margin in margins) / 5
 
 
+@pytest.mark.parametrize("name", ["rm", "dpo"])
+def test_both_halves_of_all_pairs_go_through_the_model_in_one_forward(name):
+    kind, rows, objective = task(name, 4)
+    model, calls = loud(kind), []
+    model.register_forward_hook(lambda *call: calls.append(call))
+    objective.loss(model, rows)
+    assert len(rows) > 1 and len(calls) == 1
+
+
 def test_reward_accuracy_counts_a_tie_as_a_half():
     _, pairs, objective = task("rm", 2)
     tied = replace(pairs[0], rejected=pairs[0].chosen)

@@ -76,7 +76,7 @@ def row_of_numbers(ended=False):
     ("bootstrap", "ended", "returns"),
     [
         (False, False, [0.62869, 0.75125, 0.875, 1.0]),
-        (True, False, [1.14311, 1.29275, 1.445, 1.6]),
+        (True, False, [0.2, 0.3, 0.4, 0.5]),  # rewards -.1 -.1 -.1 -.1, then .6: each value is already that of the next less .1
         (True, True, [0.62869, 0.75125, 0.875, 1.0]),
     ],
 )
@@ -352,6 +352,20 @@ def test_the_first_ratio_is_the_largest_and_not_a_sum(micro_batch):
     assert numbers["first_ratio"] == pytest.approx(math.exp(6e-5), abs=5e-6)
     with pytest.raises(NumericalError, match="first ratio"):
         run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 2e-4)), flags)
+
+
+def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
+    """One token of a whole batch may be off by an eighth, which is a step of a bf16 logit near 30; all tokens by 0.06 are another model."""
+    half = replace(ALONE, dtype=torch.bfloat16)
+    assert ppo.check_first_ratio(half, 0.01, 0.125, "here") == 0.125
+    with pytest.raises(NumericalError, match="first ratio"):
+        ppo.check_first_ratio(half, 0.06, 0.06, "here")
+    policy, batch, rollout = made()
+    with pytest.raises(NumericalError, match="a mean log ratio of 6"):  # the mean over tokens, not over rows or their sum
+        update(
+            policy, Recorder(policy), replace(batch, rollout=replace(rollout, logp=rollout.logp - 0.065)), lengths=rollout.mask.sum(dim=1).numpy(),
+            iteration=0, lr=0.0, kl_coef=0.05, flags=FLAGS, seed=0, world=half,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("field", ["advantages", "returns", "logp", "values"])
