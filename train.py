@@ -277,17 +277,17 @@ def part_ids(run: Run, part: str) -> set[str] | None:
 def chosen_loss(run: Run, name: str):
     """The preference loss with the flags that were typed; raises UsageError for a flag that it does not read. Also its arguments."""
     typed = {key: value for key, value in as_flags(run.take("dpo", LossFlags)).items() if value is not None}
-    known, prefix = loss_flags(PREFERENCE_LOSSES[name]), "dpo-" if run.chain else ""
+    known = loss_flags(PREFERENCE_LOSSES[name])
     foreign = sorted(set(typed) - set(known))
     if foreign:
-        raise UsageError(f"--{prefix}{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
+        raise UsageError(f"--{foreign[0].replace('_', '-')}: the loss {name} does not read it; it reads {', '.join(known)}")
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
     if not arguments["beta"] > 0:
-        raise UsageError(f"--{prefix}beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
+        raise UsageError(f"--beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
     try:
         PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 3), **arguments)
     except ValueError as error:
-        raise UsageError(f"--{prefix}loss {name}: {error}") from error
+        raise UsageError(f"--loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments
 
 
@@ -545,30 +545,37 @@ def check_flags(run: Run, stage: str) -> None:
     for name, place in run.given.items():
         if name.endswith(("init", "ref", "reward_model")) and not Path(place).is_dir() and run.folder not in Path(place).parents:
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
-    for name in CHAIN if stage == "mpo" else (stage,):
-        prefix = f"{name}-" if run.chain else ""
-        for group in STAGE_FLAGS[name]:
-            flags = run.take(name, group)
+    for name in CHAIN if run.chain else (stage,):
+        with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):
+            flags = run.take(name, STAGE_FLAGS[name][0])
             for field, most in (("warmup", 1), ("weight_decay", math.inf), ("value_coef", math.inf)):
                 if not 0 <= getattr(flags, field, 0) <= most:
-                    raise UsageError(f"--{prefix}{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
-            if isinstance(flags, TokenizerFlags) and flags.vocab_size and (given_one := flags.file or run.given.get("init")):
-                raise UsageError(f"--{prefix}vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
-            if isinstance(flags, SplitFlags):
-                with typed_names((flags,), prefix):
-                    check_split_flags(flags)
-            if isinstance(flags, PpoStageFlags):
-                with typed_names((flags,), prefix):
-                    check_ppo_flags(flags)
-                if flags.prompts and f"{prefix}part".replace("-", "_") in run.given:
-                    raise UsageError(f"--{prefix}part {flags.part}: is not read with --{prefix}prompts; leave one of them out")
-                if flags.prompts:
-                    paths_of(flags.prompts)
-                if flags.prompts_per_iteration % run.world.size:
-                    count, size = flags.prompts_per_iteration, run.world.size
-                    raise UsageError(f"--{prefix}prompts-per-iteration {count}: must be a multiple of the {size} processes")
-            if isinstance(flags, DpoFlags):
-                chosen_loss(run, flags.loss)
+                    raise UsageError(f"--{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
+            if name in CHECKS:
+                CHECKS[name](run, flags)
+
+
+def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
+    if flags.vocab_size and (given_one := flags.file or run.given.get("init")):
+        raise UsageError(f"--vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
+
+
+def check_ppo(run: Run, flags: PpoStageFlags) -> None:
+    check_ppo_flags(flags)
+    if flags.prompts and ("ppo_part" if run.chain else "part") in run.given:
+        raise UsageError(f"--part {flags.part}: is not read with --prompts; leave one of them out")
+    if flags.prompts:
+        paths_of(flags.prompts)
+    if flags.prompts_per_iteration % run.world.size:
+        raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {run.world.size} processes")
+
+
+CHECKS = {  # of flags that do not go together, besides those of any one
+    "tokenizer": check_tokenizer,
+    "split": lambda run, flags: check_split_flags(flags),
+    "dpo": lambda run, flags: chosen_loss(run, flags.loss),
+    "ppo": check_ppo,
+}
 
 
 def grid(given: dict) -> None:

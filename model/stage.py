@@ -34,7 +34,7 @@ from model.resume import Saving, LoopFlags, last_checkpoint
 @dataclass(frozen=True)
 class RunFlags:
     out: str = flag("runs/mpo", "folder of the run")
-    seed: int = flag(0, "of everything random")
+    seed: int = flag(0, "of everything random; where the data is there already, the run has its seed")
     quick: bool = flag(False, "smallest budgets that still go through everything")
     resume: bool = flag(False, "go on with the run that was stopped in --out, as if it had not been")
 
