@@ -200,8 +200,9 @@ def measure(name: str, answers: dict[str, Answers], questions: Sequence[Question
 
 
 def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | None = None) -> str:
-    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json, and returns it. With judge_out,
-    writes blind pairs of two models' answers there instead, their key into DIR/eval/keys, and returns what to do with them.
+    """Compares the models of a run; prints the report, writes it to DIR/eval/report.md and report.json (report-validation of that part), and
+    returns it. With judge_out, writes blind pairs of two models' answers there instead, their key into DIR/eval/keys, and returns what to
+    do with them.
 
     Only the calling process works, whatever `world` says of others. Raises UsageError for what is missing, CheckpointError for what does
     not fit together, NumericalError for a model whose numbers are not finite.
