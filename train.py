@@ -556,11 +556,13 @@ def check_flags(run: Run, stage: str) -> None:
 
 
 def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
+    """Raises UsageError for a size of a tokenizer that is given."""
     if flags.vocab_size and (given_one := flags.file or run.given.get("init")):
         raise UsageError(f"--vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
 
 
 def check_ppo(run: Run, flags: PpoStageFlags) -> None:
+    """Raises UsageError for what `check_ppo_flags` refuses, for prompts that cannot be read, and for as many as processes cannot share."""
     check_ppo_flags(flags)
     if flags.prompts and ("ppo_part" if run.chain else "part") in run.given:
         raise UsageError(f"--part {flags.part}: is not read with --prompts; leave one of them out")

@@ -107,8 +107,8 @@ def at_equal_kl(a: dict, b: dict, key: str, lines: Sequence[dict] = ()) -> tuple
     if kl <= 0 or nearest > 2 * kl or any(point["kl_sft"] >= kl for point in before):
         return None
     places, numbers = zip(*frontier(far, key, before), strict=True)
-    found = {id(near): at("best", key)(near), id(far): float(np.interp(math.sqrt(kl), np.sqrt(places), numbers))}
-    return found[id(a)], found[id(b)], kl
+    nears, fars = at("best", key)(near), float(np.interp(math.sqrt(kl), np.sqrt(places), numbers))
+    return (nears, fars, kl) if near is a else (fars, nears, kl)
 
 
 def at_equal_pairs(a: dict, b: dict, key: str) -> tuple[float, float] | None:
@@ -172,7 +172,7 @@ def compared(lines: Sequence[dict]) -> str:
         gaps_text(one_per_seed(lines)),
         differences_text(lines, key),
         f"At the weights that are {PICKS['best']}"
-        + ("; best-of-n has none: it is the best of 16 answers, at most so far from SFT, for 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
+        + ("; best-of-n is not trained: the best of 16 answers, which is at most so far from SFT and costs 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
         "At each of the weights that one could pick (a score that rises while the true reward falls is over-optimisation):\n",
         table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in shown.items()}),

@@ -11,7 +11,6 @@ flags, seed and inputs, never by a folder: a grid goes on where it stopped, on a
 reward; a line has it because eval.py measures it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -90,7 +89,9 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     for line in (known[key] for key in keys.values() if key in known):
         check_defaults(grid, line)
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
-    with locked(grid.rows) if pending else contextlib.nullcontext():  # two grids would write over each other's lines
+    if not pending:
+        return grid.rows
+    with locked(grid.rows):  # two grids would write over each other's lines
         failed = run_tasks(grid, pending, flags.jobs)
     if defects := [error for error in failed if not isinstance(error, Stop)]:
         raise defects[0]

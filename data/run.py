@@ -90,7 +90,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     return True
 
 
-CHANGE_NO_RESULT = {"micro_batch"}  # flags that a stage may be resumed without, when memory ran out
+CHANGE_NO_RESULT = {"micro_batch"}  # another value of these is no other stage: so one that ran out of memory can go on with less
 
 
 def key_differences(made: dict, key: dict) -> str:
