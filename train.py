@@ -38,7 +38,7 @@ from data.flags import Parser, add_flags, flag, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, load_pairs, prepare_data
 from data.report import pair_accuracy, reward_model_report, reward_model_text
-from data.run import MANIFEST, METRICS, Metrics, as_flags
+from data.run import CHANGE_NO_RESULT, MANIFEST, METRICS, Metrics, as_flags
 from data.split import SplitFlags, check_split_flags, read_split, split_pairs, write_split
 from data.tokenizer import DEFAULT_SIZE, Tokenizer, tokenizer_file, train_tokenizer
 from eval import QUICK_PROMPTS, EvalFlags, compare_run
@@ -86,7 +86,9 @@ class RmFlags(FitFlags):
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     validations: int = flag(2, "how often the validation rows are looked at", positive=True)
     folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
+    snapshots: bool = flag(False, "also keep the weights of every validation, in snapshot-STEP")
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
+    reward_model: str | None = flag(None, "take this folder's reward model as it is and train none: no other flag of this stage is read then")
 
 
 @dataclass(frozen=True)
@@ -189,41 +191,37 @@ def sft_stage(run: Run) -> None:
 
 
 def rm_stage(run: Run) -> None:
-    """Reward models: one per fold, whose pairs it never saw, then the one on all pairs; scores, their mean and std, and a report on test pairs."""
+    """Reward models: one per fold, whose pairs it never saw, then the one on all pairs, or a given one alone; scores, their mean and std, and a
+    report on test pairs."""
     flags, text = run.take("rm", RmFlags), open_text(run)
-    init = run.parent("sft", flags.init)
-    pad_id, world = text.tokenizer.pad_id, run.world
+    given, pad_id, world = flags.reward_model, text.tokenizer.pad_id, run.world
+    init, folds = (run.parent("rm", given), 1) if given else (run.parent("sft", flags.init), flags.folds)
     flags = for_size("rm", flags, count_parameters(init))
-    if not run.begins("rm", as_flags(flags), {"init": init, "data": run.folder / "data"}):
+    text.load(init, ScalarModel, new_head=not given)  # what does not fit stops the run before a folder is made
+    key = {"reward_model": given} if given else as_flags(flags)
+    if not run.begins("rm", key, {"reward_model" if given else "init": init, "data": run.folder / "data"}):
         return
     with run.stage("rm") as (folder, _, results):
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
         prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
-        fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % flags.folds for row in train])
-        if flags.folds > 1 and len(set(fold_of)) == 1:
-            raise DataError(f"{run.folder / 'data'}: {len(set(prompt_of.values()))} training prompts fall into one of {flags.folds} folds; give more, or --folds 1")
-
-        def train_on(rows: list[PairRow], where: Path, name: str):
-            """A reward model trained on rows, kept in `where` and read back at its best."""
-            model = distribute(text.load(init, ScalarModel, new_head=True, seed=stable_hash(run.flags.seed, name)), world)
-            with Metrics(where / "metrics.jsonl" if world.is_main else None) as numbers:
-                best = fit(
-                    model, reward_objective(pad_id, world.device), rows, validation, flags,
-                    stage=name, seed=run.flags.seed, world=world, metrics=numbers, keep=partial(text.save, model, where, world),
-                    saving=run.saving(where, text),
-                )  # fmt: skip
-            world.barrier()
-            return distribute(text.load(where, ScalarModel), world, frozen=True), best
-
+        fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % folds for row in train])
+        if folds > 1 and len(set(fold_of)) == 1:
+            raise DataError(f"{run.folder / 'data'}: {len(set(prompt_of.values()))} training prompts fall into one of {folds} folds; give more, or --folds 1")
+        train_on = partial(train_reward_model, run, text, flags, init, validation)
         scores = np.zeros((len(train), 2))
-        for fold in range(flags.folds if flags.folds > 1 else 0):
-            model, _ = train_on([row for row, f in zip(train, fold_of, strict=True) if f != fold], folder / f"fold-{fold}", f"rm fold {fold}")
-            mine = np.flatnonzero(fold_of == fold)
+        for fold in range(folds if folds > 1 else 0):
+            train_on([row for row, f in zip(train, fold_of, strict=True) if f != fold], folder / f"fold-{fold}", f"rm fold {fold}")
+            mine, model = np.flatnonzero(fold_of == fold), distribute(text.load(folder / f"fold-{fold}", ScalarModel), world, frozen=True)
             scores[mine] = reward_scores_of_pairs(model, [train[i] for i in mine], pad_id, world)
-        model, best = train_on(train, folder, "rm")
-        sample = range(len(train)) if flags.folds == 1 else epoch_order(len(train), run.flags.seed, "rm scale", 0)[:SCALED_ON]
+        if not given:
+            results |= train_on(train, folder, "rm")
+        elif world.is_main:
+            text.copy_model(init, folder)
+        world.barrier()
+        model = distribute(text.load(folder, ScalarModel), world, frozen=True)
+        sample = range(len(train)) if folds == 1 else epoch_order(len(train), run.flags.seed, "rm scale", 0)[:SCALED_ON]
         in_fold = reward_scores_of_pairs(model, [train[i] for i in sample], pad_id, world)
-        scores = in_fold if flags.folds == 1 else scores
+        scores = in_fold if folds == 1 else scores
         on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
         if not stats["score_std"] > 0:
@@ -231,12 +229,26 @@ def rm_stage(run: Run) -> None:
         if world.is_main:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
-        results |= best | stats | {"test": reward_model_report(*on_test.T, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
+        results |= stats | {"test": reward_model_report(*on_test.T, *np.array(lengths)), "train_accuracy": pair_accuracy(in_fold)}
         results["scored_pairs_accuracy"] = pair_accuracy(scores)
         if world.is_main:
             lines = [{"id": row.id, "chosen": s[0], "rejected": s[1], "fold": int(f)} for row, s, f in zip(train, scores.tolist(), fold_of, strict=True)]
             atomic_write(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         run.say(reward_model_text(results["test"], results["scored_pairs_accuracy"]))
+
+
+def train_reward_model(run: Run, text: Text, flags: RmFlags, init: Path, validation: list[PairRow], rows: list[PairRow], where: Path, name: str) -> dict:
+    """Trains a reward model on rows, keeps its best weights in `where`, and returns the best validation."""
+    world = run.world
+    model = distribute(text.load(init, ScalarModel, new_head=True, seed=stable_hash(run.flags.seed, name)), world)
+    with Metrics(where / METRICS if world.is_main else None) as numbers:
+        best = fit(
+            model, reward_objective(text.tokenizer.pad_id, world.device), rows, validation, flags,
+            stage=name, seed=run.flags.seed, world=world, metrics=numbers, keep=partial(text.save, model, where, world),
+            saving=run.saving(where, text),
+        )  # fmt: skip
+    world.barrier()
+    return best
 
 
 def split_stage(run: Run) -> None:
@@ -508,6 +520,8 @@ def plan(run: Run, stage: str) -> None:
         if name not in BY_SIZE:
             continue
         flags, prefix = run.take(name, STAGE_FLAGS[name][0]), f"{name}-" if run.chain else ""
+        if name == "rm" and flags.reward_model:
+            continue  # trains nothing
         config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
         flags = for_size(name, flags, Counts.of(config).model)
         print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))
@@ -561,6 +575,13 @@ def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
         raise UsageError(f"--vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
 
 
+def check_rm(run: Run, flags: RmFlags) -> None:
+    """Raises UsageError for a flag of training beside a reward model that is given."""
+    names = {("rm_" if run.chain else "") + field.name for field in dataclasses.fields(RmFlags)}
+    if flags.reward_model and (typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"})):
+        raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {flags.reward_model}; leave one of them out")
+
+
 def check_ppo(run: Run, flags: PpoStageFlags) -> None:
     """Raises UsageError for what `check_ppo_flags` refuses, for prompts that cannot be read, and for as many as processes cannot share."""
     check_ppo_flags(flags)
@@ -574,6 +595,7 @@ def check_ppo(run: Run, flags: PpoStageFlags) -> None:
 
 CHECKS = {  # of flags that do not go together, besides those of any one
     "tokenizer": check_tokenizer,
+    "rm": check_rm,
     "split": lambda run, flags: check_split_flags(flags),
     "dpo": lambda run, flags: chosen_loss(run, flags.loss),
     "ppo": check_ppo,
@@ -597,7 +619,7 @@ def defaults() -> dict[str, object]:
     """The default of every flag that changes a model, in the chain's names, with what a default of None stands for."""
     groups = {**STAGE_FLAGS, "": (DataFlags, WorldFlags, ModelFlags)}
     fields = [(f"{stage}-".lstrip("-"), field) for stage, some in groups.items() for group in some for field in dataclasses.fields(group)]
-    found = {prefix + field.name: field.default for prefix, field in fields}
+    found = {prefix + field.name: field.default for prefix, field in fields if field.name not in CHANGE_NO_RESULT and prefix + field.name != "rm-snapshots"}
     found |= {f"{stage}-{name}": list(by_size) for stage, table in BY_SIZE.items() for name, by_size in table.items()}
     for loss, function in PREFERENCE_LOSSES.items():
         found |= {f"dpo-{name} of {loss}": default for name, (_, default, _) in loss_flags(function).items()}

@@ -2,8 +2,8 @@
 
 A row with --best-of trains nothing: it is SFT's answers, the best of so many as the reward model picks them. Another row without a start
 and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the
-row that it starts from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model. A row has
-its starting row's flags of data, tokenizer, SFT and reward model. data/grid.py runs rows, data/compare.py compares them.
+row that it starts from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model, `strong` a reward
+model of other pairs of the world, more of them and hardly noisy. A row has its starting row's flags of data, tokenizer, SFT and reward model. data/grid.py runs rows, data/compare.py compares them.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,9 @@ def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str
     return made
 
 
-DPO = ("dpo-all", "dpo-easy", "dpo-random")
+DPO = ("dpo-all", "dpo-easy", "dpo-random", "dpo-blind")
+STRONG = {"--pairs": 40_000, "--label-temperature": 0.1, "--flip-rate": 0.0, "--annotator-bias": 0.0}  # what the reward model `strong` learns from
+STRONGLY = {"--rm-reward-model": "strong"}  # splits and rewards by that one
 GROUPS: dict[str, dict[str, Row]] = {
     "core": CORE,
     "threshold": levels("--split-quantile", (0.1, 0.25, 0.75, 0.9), ("dpo-easy", "mpo")),  # the fifth, 0.5, is the default
@@ -74,6 +76,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-assumed-flips": 0.2, "--flip-rate": 0.2}),
     },
+    "strong": together(STRONGLY, "strong", ("dpo-all", "dpo-easy", "dpo-blind", "ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref"))
+    | {"best-of-n@strong": Row({"--best-of": "2,4,8,16"} | STRONGLY)},
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
     "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
@@ -82,7 +86,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "budget": levels("--ppo-iterations", (5, 10), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),  # 40 is the default
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
-    | together({"--annotator-bias": 1.0, "--pairs": 2_000}, "few-biased", (*DPO, "ppo-all", "mpo")),
+    | together({"--annotator-bias": 1.0, "--pairs": 2_000} | STRONGLY, "few-biased", (*DPO, "ppo-all", "mpo")),
 }
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data.ablations import CLAIMS, MATTERS, ROWS
+from data.ablations import CLAIMS, MATTERS, ROWS, base_flags
 from data.errors import DataError
 from data.report import format_interval, markdown_table, paired_difference, t_interval
 
@@ -169,7 +169,7 @@ def compared(lines: Sequence[dict]) -> str:
         f"Mean over seeds with 95 % t interval; {lines[0]['prompts']} test prompts; {COLUMNS[key]}: "
         + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value)
         + f". Made by {len(versions)} version{'s' * (len(versions) > 1)} of the code.\n",
-        gaps_text(one_per_seed(lines)),
+        gaps_text(one_per_seed(lines)), reward_models_text(lines),
         differences_text(lines, key),
         f"At the weights that are {PICKS['best']}"
         + ("; best-of-n is not trained: the best of 16 answers, which is at most so far from SFT and costs 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
@@ -189,6 +189,24 @@ def gaps_text(lines: Sequence[dict]) -> str:
     buckets = lines[0]["reward_model"]["buckets"]
     rows = [[bucket, *(over_seeds(lines, lambda line, b=bucket, what=what: line["reward_model"]["buckets"][b][what]) for what in ("share", "accuracy"))] for bucket in buckets]
     return "Claim: accuracy rises with the gap, and most gaps are small. The reward model on test pairs:\n\n" + markdown_table(["gap", "share of pairs", "right on labels"], rows)
+
+
+def reward_models_text(lines: Sequence[dict]) -> str:
+    """The reward model of every setting that has one of its own; "" where there is no such setting."""
+    of_setting: dict[str, list[dict]] = {}
+    for line in lines:
+        flags = ", ".join(f"{flag} {value if isinstance(value, int | float) else 'strong'}" for flag, value in base_flags(line["row"]).items())
+        of_setting.setdefault(flags, []).append(line)
+    columns = {
+        "right on labels": lambda line: line["reward_model"]["accuracy"],
+        "gaps below 1": lambda line: line["reward_model"]["share_of_gaps_below_1"],
+        "training pairs disputed": lambda line: line["split"]["disputed"] / sum(line["split"][part] for part in ("easy", "difficult", "dropped")),
+    }
+    rows = [
+        [flags or "none", len(one_per_seed(found)), *(over_seeds(one_per_seed(found), value) for value in columns.values())]
+        for flags, found in of_setting.items()
+    ]
+    return "Reward models by the flags that rows share:\n\n" + markdown_table(["flags", "seeds", *columns], rows) if len(rows) > 1 else ""
 
 
 def differences_text(lines: Sequence[dict], key: str) -> str:

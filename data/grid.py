@@ -4,6 +4,7 @@ Folders, all under OUT/runs and named by what they were made with, so that other
 
     base-SEED-KEY      data, tokenizer, SFT, reward model and split, which rows share: one per seed and setting of those stages
       judge              a reward model on pairs that no row trains on, with the base's tokenizer and SFT model
+      strong             another, where rows ask for it, on many pairs with hardly any noise
     ROW-SEED-KEY       the row's own stage; the base's stages and `start`, the model that it starts from, are links
 
 Every process has one thread, so that numbers do not depend on how many run at once. A finished row is a line of the rows file, keyed by its
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.ablations import ROWS, base_flags, chosen_rows, is_ppo, stage_flags
+from data.ablations import ROWS, STRONG, STRONGLY, base_flags, chosen_rows, is_ppo, stage_flags
 from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
@@ -40,9 +41,10 @@ from data.tokenizer import tokenizer_file
 ROOT = Path(__file__).resolve().parent.parent
 BASE, STAGES = ("tokenizer", "sft", "rm", "split"), ("dpo", "ppo")
 TEST_PROMPTS, VALIDATION_PROMPTS = 2000, 500
-JUDGE_SEED = 100_000  # added to a seed for the judge's pairs: far from every seed that anyone types
+JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no row trains on: far from every seed that anyone types
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
+FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
 OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}  # of all stages but those without a network
 
 
@@ -83,6 +85,8 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")
     wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
+    if asks := [name for name, _ in wanted if data not in WORLDS and STRONGLY.items() <= base_flags(name).items()]:
+        raise UsageError(f"--only {asks[0]}: its reward model needs pairs without noise, which only a built-in world has; leave the row out")
     known = {line["key"]: line for line in read_rows(grid.rows)}
     keys = {task: row_key(grid, *task) for task in wanted}
     pending = [task for task in wanted if keys[task] not in known]
@@ -174,8 +178,14 @@ def described(grid: Grid, name: str, seed: int) -> dict:
 
 
 def keyed(flags: dict[str, object]) -> dict[str, object]:
-    """Flags as they enter a key: a model to start from by its weights, files by their contents."""
-    return {flag: weights_digest(Path(value)) if flag == "--init" else content(value) for flag, value in flags.items()}
+    """Flags as they enter a key: a model to start from by its weights, files by their contents, a reward model of the grid by its pairs."""
+
+    def entry(flag: str, value):
+        if (flag, value) in STRONGLY.items():
+            return STRONG
+        return weights_digest(Path(value)) if flag in FOLDERS else content(value)
+
+    return {flag: entry(flag, value) for flag, value in flags.items()}
 
 
 def content(value):
@@ -268,13 +278,23 @@ def make_base(grid: Grid, name: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if "--init" in flags:  # as in a chain
         flags = {"--tokenizer-file": tokenizer_file(Path(flags["--init"]))} | flags
+
+    def other_reward_model(name: str, seed: int, data: dict[str, object]) -> Path:
+        """A reward model on other pairs, with the base's tokenizer and SFT model."""
+        apart, own = folder / name, {flag: value for flag, value in flags.items() if not flag.startswith(("--tokenizer-", "--rm-reward-model"))}
+        apart.mkdir(exist_ok=True)
+        stage(apart, "tokenizer", seed, own | data, "--file", folder / "tokenizer" / "tokenizer.model")
+        stage(apart, "rm", seed, own | {"--rm-folds": 1}, "--init", folder / "sft")
+        return apart / "rm"
+
     for part in BASE:
-        stage(folder, part, seed, flags)
+        own = flags
+        if part == "rm" and STRONGLY.items() <= flags.items():
+            own = {flag: value for flag, value in flags.items() if not flag.startswith("--rm-")}
+            own |= {"--rm-reward-model": other_reward_model("strong", seed + STRONG_SEED, STRONG)}
+        stage(folder, part, seed, own)
     if grid.judge_data:
-        judge, own = folder / "judge", {flag: value for flag, value in flags.items() if not flag.startswith("--tokenizer-")}
-        judge.mkdir(exist_ok=True)
-        stage(judge, "tokenizer", seed + JUDGE_SEED, own | {"--data": grid.judge_data}, "--file", folder / "tokenizer" / "tokenizer.model")
-        stage(judge, "rm", seed + JUDGE_SEED, own | {"--rm-folds": 1}, "--init", folder / "sft")
+        other_reward_model("judge", seed + JUDGE_SEED, {"--data": grid.judge_data})
     (folder / "cache").mkdir(exist_ok=True)
     write_json(folder / "time.json", time.perf_counter() - began)
 

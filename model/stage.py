@@ -19,13 +19,13 @@ from torch import nn
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
 from data.errors import CheckpointError, DataError, Stop, UsageError
-from data.files import atomic_write, digest, write_json
+from data.files import INDEX, atomic_write, digest, weight_files, write_json
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
 from data.report import profile_text
 from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.tokenizer import Tokenizer, tokenizer_file
-from model.checkpoint import open_model, save_model
+from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
 from model.parallel import DeviceFlags, World
 from model.resume import Saving, LoopFlags, last_checkpoint
@@ -145,8 +145,17 @@ class Text:
         ids = {"bos_id": self.tokenizer.bos_id, "eos_id": self.tokenizer.eos_id, "pad_id": self.tokenizer.pad_id}
         save_model(model, folder, special_ids=ids, is_main=world.is_main, **extra)
         if world.is_main:
-            atomic_write(folder / "tokenizer.model", self.path.read_bytes())
-            write_json(folder / "tokenizer_config.json", self.tokenizer.transformers_config())
+            self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        atomic_write(folder / "tokenizer.model", self.path.read_bytes())
+        write_json(folder / "tokenizer_config.json", self.tokenizer.transformers_config())
+
+    def copy_model(self, source: Path, folder: Path) -> None:
+        """The files of a model, byte for byte, into a stage's folder; the tokenizer's are written as for every other stage."""
+        for path in [source / CONFIG, *weight_files(source), *source.glob(INDEX)]:
+            shutil.copyfile(path, folder / path.name)
+        self.save_tokenizer(folder)
 
     def describe(self, row: Row | PairRow) -> dict[str, str]:
         """A row's id and texts, for people."""

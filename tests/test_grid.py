@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 from runs import TINY, WORLD, command, here
@@ -139,6 +140,29 @@ def test_a_given_model_and_a_given_vocabulary_reach_every_base(made, tmp_path, m
     assert [flags.get("vocab_size") for flags in tokenizers] == [None, None, None, None, 300, None]
     assert all(flags["file"].endswith("tokenizer/tokenizer.model") for flags in tokenizers[1::2])
     assert [flags["init"] for name, flags in taken if name == "sft" and "init" in flags] == [str(model), str(copy)]
+
+
+def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_path, monkeypatch):
+    """Its pairs have another seed, and none of the grid's noise; its training has the typed flags, which the stage that takes it has not."""
+    words = []
+    monkeypatch.setattr(grid, "program", lambda folder, log, script, *arguments: words.append(list(map(str, arguments))))
+    asked = grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice", "--pairs": 300, "--flip-rate": 0.3, "--rm-lr": 0.5}, "advice", {})
+    grid.make_base(asked, "dpo-easy@strong", 1)
+    taken = [(line[1], vars(build_parser(line[1]).parse_args(line))) for line in words]
+    assert [name for name, _ in taken] == ["tokenizer", "sft", "tokenizer", "rm", "rm", "split", "tokenizer", "rm"]
+    own, strong, judge = (flags for name, flags in taken if name == "tokenizer")
+    assert (own["pairs"], strong["pairs"], judge["pairs"]) == (300, 40_000, 300)
+    assert (own["flip_rate"], strong["flip_rate"], judge["flip_rate"]) == (0.3, 0.0, 0.3) and strong["label_temperature"] == 0.1
+    assert len({own["seed"], strong["seed"], judge["seed"]}) == 3
+    trained, given, judging = (flags for name, flags in taken if name == "rm")
+    assert given["reward_model"] == str(Path(trained["out"]) / "rm") and "lr" not in given and "folds" not in given
+    assert trained["lr"] == judging["lr"] == 0.5 and trained["folds"] == 1
+    keys = {grid.row_key(asked, name, 1) for name in ("dpo-easy", "dpo-easy@strong")}
+    monkeypatch.setitem(grid.STRONG, "--pairs", 100)
+    assert len(keys | {grid.row_key(asked, name, 1) for name in ("dpo-easy", "dpo-easy@strong")}) == 3
+    (tmp_path / "rows").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    message = here("--stage", "ablations", "--only", "strong", "--data", f"jsonl:{tmp_path}/rows", "--out", tmp_path / "x", expect=2)
+    assert "--only dpo-all@strong: its reward model needs pairs without noise" in message
 
 
 def test_a_stage_that_another_grid_is_at_work_on_is_left_alone(tmp_path):

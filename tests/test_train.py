@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -329,12 +330,36 @@ def test_a_reward_model_made_in_bf16_is_kept_in_fp32(chain, tmp_path):
     """Frozen models compute with rounded copies; what is on disk is what was trained."""
     run = copy_of(chain, tmp_path / "run", *STAGES[2:])
     here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--dtype", "bf16")
-    (last,) = (run / "rm").glob("snapshot-*")
-    for folder in (run / "rm", run / "rm" / "fold-0", last):
+    assert not [*(run / "rm").rglob("snapshot-*")]  # nothing reads them, unless they are asked for
+    for folder in (run / "rm", run / "rm" / "fold-0"):
         tensors = load_file(folder / "model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
         assert any((tensor != tensor.bfloat16()).any() for tensor in tensors.values())
     assert {"score_mean", "score_std"} <= json.loads((run / "rm" / "config.json").read_text()).keys()
+
+
+def test_a_given_reward_model_is_taken_as_it_is(chain, tmp_path):
+    """Byte for byte, with the scores that it gives to every pair, and their mean and std; another stage can go on from it."""
+    run, given = copy_of(chain, tmp_path / "run", *STAGES[1:]), copy_of(chain, tmp_path / "other") / "rm" / "fold-0"
+    (given / "config.json").write_text((chain / "rm" / "fold-0" / "config.json").read_text())
+    here("--stage", "rm", "--out", run, "--reward-model", given)  # there is no SFT model, and none is needed
+    assert sha256(run / "rm" / "model.safetensors") == sha256(given / "model.safetensors")
+    assert list(manifest(run / "rm")["parents"]) == ["reward_model", "data"] and not metrics(run / "rm")
+    model, text = load_model(given, ScalarModel).eval(), Tokenizer(chain / "tokenizer" / "tokenizer.model")
+    rows = {row.id: row for row in encode_pairs(load_pairs(chain / "data", "train"), text, 160, 24)[0]}
+    written = [json.loads(line) for line in (run / "rm" / "scores.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in written] == list(rows)
+    for line in written[:3]:
+        for one, score in ((rows[line["id"]].chosen, line["chosen"]), (rows[line["id"]].rejected, line["rejected"])):
+            assert model(torch.tensor([one.prompt + one.response]), torch.tensor([one.length])).item() == pytest.approx(score, abs=1e-5)
+    stored, chosen = json.loads((run / "rm" / "config.json").read_text()), [line["chosen"] for line in written]
+    assert (stored["score_mean"], stored["score_std"]) == pytest.approx((np.mean(chosen), np.std(chosen)))
+    here("--stage", "split", "--out", run)
+    assert "is finished already" in here("--stage", "rm", "--out", run, "--reward-model", given)
+    assert "reward_model was" in here("--stage", "rm", "--out", run, "--reward-model", chain / "rm", expect=2)
+    shutil.rmtree(run / "rm")
+    assert "holds a language model where a reward model is needed" in here("--stage", "rm", "--out", run, "--reward-model", chain / "sft", expect=4)
+    assert not (run / "rm").exists()
 
 
 def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
@@ -458,6 +483,9 @@ REFUSED = [
     ("--stage sft --weight-decay -0.1", "--weight-decay -0.1"),
     ("--stage rm --warmup 1.5", "--warmup 1.5"),
     ("--stage rm --folds 0", "--folds 0"),
+    ("--stage rm --reward-model tests --lr 1e-4", "--lr: nothing is trained"),
+    ("--stage mpo --rm-reward-model tests --rm-folds 1", "--rm-folds: nothing is trained"),
+    ("--stage rm --reward-model nowhere", "--reward-model nowhere: no such folder"),
     ("--stage ppo --kl-estimator k3", "k3"),
     ("--stage ppo --kl-estimator k2", "k2"),
     ("--stage mpo --ppo-kl-placement loss", "--ppo-kl-placement"),

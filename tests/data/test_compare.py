@@ -10,7 +10,8 @@ import pytest
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
 from data.compare import (
-    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, trials_text, verdict,
+    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text, trials_text,
+    verdict,
 )  # fmt: skip
 from data.errors import DataError
 from data.grid import read_rows
@@ -26,7 +27,8 @@ def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
     buckets = {"[0, 1)": {"share": 0.6, "accuracy": 0.5}, "[1, inf)": {"share": 0.4, "accuracy": 0.8}}
     return {
         "row": row, "seed": seed, "key": f"{row}{seed}", "setting": setting or {"--data": "advice"}, "prompts": 20, "world": "advice",
-        "marks": marks, "points": points, "picked": {"best": stage, "last": f"{stage}/snapshot-2"}, "reward_model": {"buckets": buckets},
+        "marks": marks, "points": points, "picked": {"best": stage, "last": f"{stage}/snapshot-2"},
+        "reward_model": {"buckets": buckets, "accuracy": 0.7, "share_of_gaps_below_1": 0.6}, "split": {"easy": 3, "difficult": 4, "dropped": 1, "disputed": 2},
         "time": {"train": 60.0, "eval": 1.0}, "code": "1", "made_with": {"judge": "advice"},
         "validation": {point: {"score_raw": numbers["kl_sft"], "true_reward": 0.0} for point, numbers in points.items()},
     }  # fmt: skip
@@ -165,6 +167,19 @@ def test_settings_are_compared_with_the_default_and_with_each_other():
     lines = [*LINES, line("mpo@flip-rate-0.2", 1, (1, 1.5, 1)), line("dpo-easy@flip-rate-0.2", 1, (1, 1, 1))]
     text = compared(lines)
     assert "| mpo@flip-rate-0.2 - dpo-easy@flip-rate-0.2 | 1 | 0.50 |" in text and "| mpo@flip-rate-0.2 - mpo | 1 | -0.50 |" in text
+
+
+def test_reward_models_are_shown_by_what_they_learnt_from():
+    """Rows of one base count once; a strong reward model is a base of its own."""
+    lines = [*LINES, line("mpo@split-quantile-0.25", 1, (1, 1, 1)), line("mpo@strong", 1, (1, 1, 1)), line("dpo-all@flip-rate-0.2", 3, (1, 1, 1))]
+    lines[-2]["reward_model"] = lines[-2]["reward_model"] | {"accuracy": 0.8}
+    table = [row.split("|")[1:-1] for row in reward_models_text(lines).splitlines()[4:]]
+    assert [[cell.strip() for cell in row] for row in table] == [
+        ["none", "3", "0.70 [0.70, 0.70]", "0.60 [0.60, 0.60]", "0.25 [0.25, 0.25]"],
+        ["--rm-reward-model strong", "1", "0.80", "0.60", "0.25"],
+        ["--flip-rate 0.2", "1", "0.70", "0.60", "0.25"],
+    ]
+    assert reward_models_text(LINES) == ""
 
 
 def test_marks_count_seeds_once():
