@@ -5,7 +5,7 @@ samples fall apart. So each validation also samples, and training ends where the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -41,16 +41,12 @@ def sampled_kl(model: nn.Module, ref: nn.Module, prompts: Sequence[Sequence[int]
     return {"kl_ref_seq": float(kl / rows), "ended": float(ended / rows)}  # what is said of them (a bool) has to be plain for JSON, too
 
 
-def has_left_reference(numbers: dict[str, float], max_kl: float, max_fall: float, say: Callable[[str], None]) -> bool:
-    """Whether a validation's sampled KL or the fall of its chosen responses passes its limit, in nats per response; says so."""
+def limit_passed(numbers: dict[str, float], max_kl: float, max_fall: float) -> str | None:
+    """Which of a validation's sampled KL and the fall of its chosen responses passes its limit, in nats per response; None where neither does."""
     for name, limit, flag in (("kl_ref_seq", max_kl, "max-kl"), ("chosen_fall", max_fall, "max-fall")):
         if numbers[name] > limit:
-            say(
-                f"warning: dpo: {name} is {numbers[name]:.1f}, above {flag} {limit}: the policy has left the reference's language; stopped."
-                " Try a larger beta or a smaller learning rate"
-            )
-            return True
-    return False
+            return f"{name} is {numbers[name]:.1f}, above {flag} {limit}"
+    return None
 
 
 def check_first_preference_step(loss: str, arguments: dict, world: World, numbers: dict[str, float]) -> None:

@@ -38,7 +38,8 @@ from model.resume import LoopFlags
 from model.score import reference_logps
 from losses.dpo import PREFERENCE_LOSSES
 from model.stage import Run, RunFlags, Text, validation_prompts
-from train import STAGE_FLAGS, loss_fields
+from model.offline import loss_fields
+from train import STAGE_FLAGS
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 
@@ -320,7 +321,7 @@ def test_a_split_by_gaps_that_the_data_states(chain, tmp_path, monkeypatch):
     made, threshold = read_split(run / "split"), manifest(run / "split")["results"]["threshold"]
     assert min(gap_of["train"][row] for row in made["easy"]) >= max(gap_of["train"][row] for row in made["difficult"]) and not made["dropped"]
     looked_at = []
-    monkeypatch.setattr("model.fit.fit", lambda model, objective, rows, validation, *more, **others: looked_at.extend(validation) or 1 / 0)
+    monkeypatch.setattr("model.offline.fit", lambda model, objective, rows, validation, *more, **others: looked_at.extend(validation) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here("--stage", "dpo", "--out", run)
     assert {row.id for row in looked_at} == {row for row, gap in gap_of["validation"].items() if gap >= threshold} != set(gap_of["validation"])
@@ -341,7 +342,7 @@ def test_a_reward_model_made_in_bf16_is_kept_in_fp32(chain, tmp_path):
 def test_a_given_reward_model_is_taken_as_it_is(chain, tmp_path):
     """Byte for byte, with the scores that it gives to every pair, and their mean and std; another stage can go on from it."""
     run, given = copy_of(chain, tmp_path / "run", *STAGES[1:]), copy_of(chain, tmp_path / "other") / "rm" / "fold-0"
-    (given / "config.json").write_text((chain / "rm" / "fold-0" / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(json.loads((given / "config.json").read_text()) | {"score_mean": 9.0, "score_std": 9.0}))  # of other data
     here("--stage", "rm", "--out", run, "--reward-model", given)  # there is no SFT model, and none is needed
     assert sha256(run / "rm" / "model.safetensors") == sha256(given / "model.safetensors")
     assert list(manifest(run / "rm")["parents"]) == ["reward_model", "data"] and not metrics(run / "rm")
@@ -384,7 +385,8 @@ def test_frozen_models_that_rest_in_the_cpus_memory_change_no_bit(chain, tmp_pat
             model.register_forward_pre_hook(lambda model, _: asked.append(next(model.parameters()).data_ptr() != home))
         return model
 
-    monkeypatch.setattr(parallel, "distribute", watched)
+    for module in ("model.offline", "rl.online"):
+        monkeypatch.setattr(f"{module}.distribute", watched)
     run = copy_of(chain, tmp_path / "run", *STAGES[2:], "cache")
     for stage in STAGES[2:]:
         before = len(asked)
@@ -562,7 +564,7 @@ def test_a_run_has_one_seed(tmp_path, monkeypatch):
     def enough(*args, **more):
         raise UsageError("enough")
 
-    monkeypatch.setattr("model.fit.fit", enough)
+    monkeypatch.setattr("model.offline.fit", enough)
     assert " seed=7 " in here("--stage", "sft", "--out", run, expect=2)
     assert f"--seed 3: {run / 'data'} was made with 7" in here("--stage", "sft", "--out", run, "--seed", 3, expect=2)
     assert "--seed -1: must be 0 or more" in here("--stage", "tokenizer", "--out", tmp_path / "other", "--seed", -1, expect=2)
@@ -576,14 +578,14 @@ def test_a_finished_stage_is_not_taken_for_one_in_another_dtype_but_for_one_in_o
 
 def test_folds_that_all_prompts_fall_into_one_of_are_refused(chain, tmp_path, monkeypatch):
     run = copy_of(chain, tmp_path / "run", *STAGES[2:])
-    monkeypatch.setattr("data.batches.stable_hash", lambda *parts: 0 if parts[0] == "fold" else stable_hash(*parts))
+    monkeypatch.setattr("model.offline.stable_hash", lambda *parts: 0 if parts[0] == "fold" else stable_hash(*parts))
     assert "training prompts fall into one of 2 folds; give more, or --folds 1" in here("--stage", "rm", "--out", run, *BUDGETS["rm"], expect=3)
     assert not (run / "rm").exists()
 
 
 def test_a_reward_model_that_tells_nothing_apart_is_refused(chain, tmp_path, monkeypatch):
     run = copy_of(chain, tmp_path / "run", *STAGES[2:])
-    monkeypatch.setattr("model.score.reward_scores_of_pairs", lambda model, rows, *more: torch.full((len(rows), 2), 0.3).double().numpy())
+    monkeypatch.setattr("model.offline.reward_scores_of_pairs", lambda model, rows, *more: torch.full((len(rows), 2), 0.3).double().numpy())
     message = here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--folds", 1, expect=5)
     assert "all chosen responses have the same score" in message and not (run / "rm" / "manifest.json").exists()
 
@@ -661,7 +663,7 @@ def test_dpo_on_a_part_is_validated_on_the_pairs_that_the_split_would_put_there(
 
     base = copy_of(chain, tmp_path / "run", "split", "dpo", "ppo")
     here("--stage", "split", "--out", base, *rule)
-    monkeypatch.setattr("model.fit.fit", looked_at)
+    monkeypatch.setattr("model.offline.fit", looked_at)
     for part in ("easy", "difficult", "all"):
         here("--stage", "dpo", "--part", part, "--out", copy_of(base, tmp_path / part), expect=2)
 
@@ -719,5 +721,5 @@ def test_ppos_four_models_share_no_memory(chain, tmp_path, monkeypatch):
         assert all(map(torch.equal, model.critic.parameters(), reward_model.parameters()))  # which it starts as
         raise UsageError("enough")
 
-    monkeypatch.setattr("rl.ppo.train_ppo", train_ppo)
+    monkeypatch.setattr("rl.online.train_ppo", train_ppo)
     assert "enough" in here("--stage", "ppo", "--out", copy_of(chain, tmp_path / "run", "ppo"), *BUDGETS["ppo"], expect=2)
