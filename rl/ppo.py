@@ -8,7 +8,7 @@ One iteration, in the order of `train_ppo`:
   5. the KL coefficient's next value; every so often a look at validation prompts
 
 In Mixed Preference Optimization policy and reference both start as the DPO model and the prompts are those of the difficult pairs; which
-models and prompts come in is train.py's business. Source: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593.
+models and prompts come in is online.py's business. Source: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593.
 """
 
 import math
@@ -152,6 +152,30 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
     return total, metrics | {"log_ratio": drift.sum(), "largest_log_ratio": drift.max()}
 
 
+def accumulate(
+    model: nn.Module, batch: Batch, mine: Tensor, turns: int, count: int, kl_coef: float, flags: PpoFlags, world: World
+) -> tuple[dict[str, float], float, list[int]]:
+    """Adds up the gradient of the mean loss over `count` tokens of all processes, from `turns` micro-batches of this one's rows `mine`.
+
+    Returns summed metrics, the largest |log ratio|, and the rows whose micro-batch has a number that is not finite: all of this process."""
+    sums: dict[str, float] = {}
+    suspects, largest = [], 0.0
+    for turn in range(turns):
+        rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
+        counts = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
+        with gradient_sync(model, last=turn + 1 == turns):
+            with world.autocast():
+                total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
+            (total * (world.size / count if counts else 0.0)).backward()
+        if counts and not all(map(math.isfinite, metrics.values())):
+            suspects += rows.tolist()
+        own = float(metrics.pop("largest_log_ratio"))
+        largest = max(largest, own if counts else 0.0)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
+    return sums, largest, suspects
+
+
 def update(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -179,24 +203,8 @@ def update(
         mine = torch.from_numpy(chosen[chosen % world.size == world.rank] // world.size).to(batch.returns.device)
         mine = mine[batch.rollout.lengths[mine].argsort()]  # micro-batches of like lengths have little padding
         most = max(int((chosen % world.size == rank).sum()) for rank in range(world.size))
-        rounds = math.ceil(most / flags.micro_batch)
         count = int(lengths[chosen].sum())
-        numbers: dict[str, float] = {}
-        suspects: list[int] = []  # this process's rows whose micro-batch has a number that is not finite
-        largest = 0.0  # |log ratio| over this process's micro-batches
-        for turn in range(rounds):
-            rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
-            counts = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
-            with gradient_sync(model, last=turn + 1 == rounds):
-                with world.autocast():
-                    total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
-                (total * (world.size / count if counts else 0.0)).backward()
-            if counts and not all(map(math.isfinite, metrics.values())):
-                suspects += rows.tolist()
-            own = float(metrics.pop("largest_log_ratio"))
-            largest = max(largest, own if counts else 0.0)
-            for name, value in metrics.items():
-                numbers[name] = numbers.get(name, 0.0) + (float(value) if counts else 0.0)
+        numbers, largest, suspects = accumulate(model, batch, mine, math.ceil(most / flags.micro_batch), count, kl_coef, flags, world)
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
         where = f"ppo, iteration {iteration}, update {index}"
         if not all(map(math.isfinite, totals.values())):

@@ -277,7 +277,7 @@ MUTATIONS = [
         ("an answer by its place in the batch", "eval.py",
          "keys = [stable_hash(questions[index].prompt) for index in part]", "keys = list(range(len(part)))", f"{INVARIANCE} who_else"),
         ("PPO: micro-batches averaged", "rl/ppo.py", "(total * (world.size / count if counts else 0.0)).backward()",
-         "(total * (world.size / float(batch.rollout.mask[rows].sum()) / rounds if counts else 0.0)).backward()", f"{INVARIANCE} ppo"),
+         "(total * (world.size / float(batch.rollout.mask[rows].sum()) / turns if counts else 0.0)).backward()", f"{INVARIANCE} ppo"),
         ("the sampler at another temperature", "rl/rollout.py",
          "    temperature=sampling.temperature,\n            any_rank", "    temperature=1.0,\n            any_rank", f"{INVARIANCE} temperature"),
         ("padding found by its id", "rl/rollout.py",
