@@ -101,7 +101,8 @@ def plan(run: Run, stage: str) -> None:
             continue
         flags, prefix = run.take(name, STAGE_FLAGS[name][0]), f"{name}-" if run.chain else ""
         if name == "rm" and flags.reward_model:
-            continue  # trains nothing
+            print(f"\n[rm] trains nothing: it takes {flags.reward_model} as it is, which asks for less than any other stage")
+            continue
         config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
         flags = for_size(name, flags, Counts.of(config).model)
         print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))

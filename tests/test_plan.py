@@ -163,3 +163,4 @@ def test_the_plan_of_a_model_from_elsewhere(tmp_path):
     write_json(tmp_path / "config.json", config_to_json(SIZES["1b"], scalar=False, bos_id=1, eos_id=2, pad_id=0))
     assert "1,100,048,384 parameters" in here("--stage", "mpo", "--plan", "--init", tmp_path)
     assert "1,100,048,384 parameters" in here("--stage", "dpo", "--plan", "--init", tmp_path)
+    assert "[rm] trains nothing" in here("--stage", "rm", "--plan", "--reward-model", tmp_path)
