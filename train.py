@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from model.offline import (
     DpoFlags, LossFlags, ModelFlags, RmFlags, SftFlags, TokenizerFlags, check_given_gaps, check_rm, check_tokenizer, chosen_loss, dpo_stage, rm_stage,
     sft_stage, split_stage, tokenizer_stage,
 )  # fmt: skip
+from model.checkpoint import count_parameters
 from model.optim import BY_SIZE, for_size
 from model.parallel import ALONE, DeviceFlags, ProcessFlags, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
@@ -62,6 +64,14 @@ QUICK = {
     "ppo": {"iterations": 3, "prompts_per_iteration": 32, "validations": 1},
     "ablations": {"only": "dpo-all,ppo-all,mpo", "seeds": "1,2"},
 }
+
+
+def check_loss_names() -> None:
+    """Raises ValueError where an argument of a loss, which becomes a flag, has the name of one that --stage dpo has already."""
+    taken = {field.name for group in (DpoFlags, RunFlags, LoopFlags, PlanFlags, DeviceFlags, DataFlags, WorldFlags) for field in dataclasses.fields(group)}
+    for loss, function in PREFERENCE_LOSSES.items():
+        if clash := sorted(taken & set(loss_flags(function))):
+            raise ValueError(f"losses/dpo.py: {loss}: its argument {clash[0]} has the name of a flag of --stage dpo; choose another")
 
 
 def mpo(run: Run) -> None:
@@ -101,11 +111,14 @@ def plan(run: Run, stage: str) -> None:
             continue
         flags, prefix = run.take(name, STAGE_FLAGS[name][0]), f"{name}-" if run.chain else ""
         if name == "rm" and flags.reward_model:
-            print(f"\n[rm] trains nothing: it takes {flags.reward_model} as it is, which asks for less than any other stage")
+            print(f"\n[rm] trains nothing: it takes {flags.reward_model} as it is")
             continue
         config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
         flags = for_size(name, flags, Counts.of(config).model)
         print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))
+        judge = getattr(flags, "reward_model", None) or (run.take("rm", RmFlags).reward_model if run.chain else None)
+        if name == "ppo" and judge and (there := count_parameters(Path(judge))) != (here := Counts.of(config).model):
+            print(f"careful: reward model and critic are counted above as if they had the policy's {here:,} parameters; those of {judge} have {there:,}")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
@@ -138,12 +151,12 @@ def check_flags(run: Run, stage: str) -> None:
     if {"size", "init"} <= set(run.given):
         raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
     for name, place in run.given.items():
-        if name.endswith(("init", "ref", "reward_model")) and not Path(place).is_dir() and run.folder not in Path(place).parents:
+        if re.fullmatch(r"((rm|dpo|ppo)_)?(init|ref|reward_model)", name) and not Path(place).is_dir() and run.folder not in Path(place).parents:
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if run.chain else (stage,):
         with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):
             flags = run.take(name, STAGE_FLAGS[name][0])
-            for field, most in (("warmup", 1), ("weight_decay", math.inf), ("value_coef", math.inf)):
+            for field, most in (("warmup", 1), ("weight_decay", math.inf)):
                 if not 0 <= getattr(flags, field, 0) <= most:
                     raise UsageError(f"--{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
             if name in CHECKS:
@@ -168,7 +181,10 @@ def grid(given: dict) -> None:
         raise UsageError("--resume: a grid goes on by itself where it stopped; leave the flag out")
     folder = Path(given.get("out", "runs/ablations"))
     flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
-    rows = run_grid(folder, flags, {name: value for name, value in given.items() if name not in about_grid}, defaults())
+    common = {name: value for name, value in given.items() if name not in about_grid}
+    check_data_flags(take_flags(DataFlags, common, data=common.get("data") or "advice"), common)
+    check_flags(Run(folder, take_flags(RunFlags, given), ALONE, common, True, {}), "mpo")
+    rows = run_grid(folder, flags, common, defaults())
     print(f"\nnext: python eval.py --compare {rows}")
 
 
@@ -176,6 +192,7 @@ def defaults() -> dict[str, object]:
     """The default of every flag that changes a model, in the chain's names, with what a default of None stands for."""
     groups = {**STAGE_FLAGS, "": (DataFlags, WorldFlags, ModelFlags)}
     fields = [(f"{stage}-".lstrip("-"), field) for stage, some in groups.items() for group in some for field in dataclasses.fields(group)]
+    # without flags that change no model: a row need not be made again because such a default has changed
     found = {prefix + field.name: field.default for prefix, field in fields if field.name not in CHANGE_NO_RESULT and prefix + field.name != "rm-snapshots"}
     found |= {f"{stage}-{name}": list(by_size) for stage, table in BY_SIZE.items() for name, by_size in table.items()}
     for loss, function in PREFERENCE_LOSSES.items():
@@ -199,6 +216,7 @@ def main(arguments: list[str]) -> None:
         if {"-h", "--help"} & set(arguments):
             return
         raise UsageError(f"--stage is missing; choose one of {', '.join(STAGES)}, ablations")
+    check_loss_names()
     given = vars(build_parser(stage).parse_args(arguments))
     given.pop("stage")
     if stage == "ablations":

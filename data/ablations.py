@@ -59,7 +59,7 @@ def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str
 
 DPO = ("dpo-all", "dpo-easy", "dpo-random", "dpo-blind")
 STRONG = {"--pairs": 40_000, "--label-temperature": 0.1, "--flip-rate": 0.0, "--annotator-bias": 0.0}  # what the reward model `strong` learns from
-STRONGLY = {"--rm-reward-model": "strong"}  # splits and rewards by that one
+STRONGLY = {"--rm-reward-model": "strong"}  # splits and rewards by that one, whose folder the grid knows
 GROUPS: dict[str, dict[str, Row]] = {
     "core": CORE,
     "threshold": levels("--split-quantile", (0.1, 0.25, 0.75, 0.9), ("dpo-easy", "mpo")),  # the fifth, 0.5, is the default

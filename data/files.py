@@ -8,7 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from data.errors import CheckpointError, ResourceError
 
@@ -17,13 +20,24 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a mod
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes `content` to `path` (folders are made); raises ResourceError where the disk refuses, and leaves no partial file."""
+    raw = content.encode() if isinstance(content, str) else content
+    written_whole(path, lambda file: file.write(raw))
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copies a file, however large, byte for byte; raises as above."""
+    with open(source, "rb") as original:
+        written_whole(path, lambda file: shutil.copyfileobj(original, file))
+
+
+def written_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Has `write` fill a file beside `path` and renames that. Raises ResourceError."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    raw = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            file.write(raw)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -71,6 +85,8 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_digest(folder: Path) -> str:
     """What identifies a model's weights: SHA-256 of its file, or of the names and digests of its several files."""
     files = weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder}: holds no {WEIGHTS}")
     if len(files) == 1:
         return digest(files[0])
     return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()

@@ -78,6 +78,8 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     common = {"--" + name.replace("_", "-"): value for name, value in given.items()}
     if decided := sorted(flag for flag in common if re.fullmatch(r"--(dpo|ppo)-(init|ref|part|prompts|reward-model)", flag)):
         raise UsageError(f"{decided[0]}: is what the rows differ in; leave it out")
+    if STRONGLY.items() <= common.items():
+        raise UsageError("--rm-reward-model strong: is the grid's own word; give a folder of that name as ./strong")
     data = common.setdefault("--data", "advice")
     if data in WORLDS and not common.get("--quick") and "--test-data" not in common:
         common.setdefault("--test-prompts", TEST_PROMPTS)
@@ -87,6 +89,8 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     wanted = [(name, int(seed)) for name in chosen_rows(flags.only) for seed in flags.seeds.split(",")]
     if asks := [name for name, _ in wanted if data not in WORLDS and STRONGLY.items() <= base_flags(name).items()]:
         raise UsageError(f"--only {asks[0]}: its reward model needs pairs without noise, which only a built-in world has; leave the row out")
+    if "--rm-reward-model" in common and (trains := [name for name, _ in wanted if any(flag.startswith("--rm-") for flag in base_flags(name))]):
+        raise UsageError(f"--only {trains[0]}: has a reward model of its own, and --rm-reward-model gives one to all rows; leave one of them out")
     known = {line["key"]: line for line in read_rows(grid.rows)}
     keys = {task: row_key(grid, *task) for task in wanted}
     pending = [task for task in wanted if keys[task] not in known]
@@ -276,25 +280,25 @@ def make_base(grid: Grid, name: str, seed: int) -> None:
         return
     print(f"[ablations] what rows share, seed {seed}: {folder.name}\n", end="", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if "--init" in flags:  # as in a chain
-        flags = {"--tokenizer-file": tokenizer_file(Path(flags["--init"]))} | flags
+    if init := flags.get("--init") or grid.common.get("--rm-reward-model"):  # as in a chain
+        flags = {"--tokenizer-file": tokenizer_file(Path(init))} | flags
 
-    def other_reward_model(name: str, seed: int, data: dict[str, object]) -> Path:
+    def other_reward_model(name: str, seed: int, flags: dict[str, object]) -> Path:
         """A reward model on other pairs, with the base's tokenizer and SFT model."""
         apart, own = folder / name, {flag: value for flag, value in flags.items() if not flag.startswith(("--tokenizer-", "--rm-reward-model"))}
         apart.mkdir(exist_ok=True)
-        stage(apart, "tokenizer", seed, own | data, "--file", folder / "tokenizer" / "tokenizer.model")
+        stage(apart, "tokenizer", seed, own, "--file", folder / "tokenizer" / "tokenizer.model")
         stage(apart, "rm", seed, own | {"--rm-folds": 1}, "--init", folder / "sft")
         return apart / "rm"
 
     for part in BASE:
         own = flags
         if part == "rm" and STRONGLY.items() <= flags.items():
-            own = {flag: value for flag, value in flags.items() if not flag.startswith("--rm-")}
-            own |= {"--rm-reward-model": other_reward_model("strong", seed + STRONG_SEED, STRONG)}
+            strong = other_reward_model("strong", seed + STRONG_SEED, {flag: value for flag, value in flags.items() if flag != "--max-pairs"} | STRONG)
+            own = {flag: value for flag, value in flags.items() if not flag.startswith("--rm-")} | {"--rm-reward-model": strong}
         stage(folder, part, seed, own)
     if grid.judge_data:
-        other_reward_model("judge", seed + JUDGE_SEED, {"--data": grid.judge_data})
+        other_reward_model("judge", seed + JUDGE_SEED, flags | {"--data": grid.judge_data})
     (folder / "cache").mkdir(exist_ok=True)
     write_json(folder / "time.json", time.perf_counter() - began)
 

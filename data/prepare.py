@@ -85,13 +85,13 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
     with locked(folder):
         begin_stage(folder, described, {}, resume)
         try:
-            make_data(folder, flags, world_flags, seed, described)
+            make_data(folder, flags, world_flags, seed)
         except (UsageError, DataError):
             shutil.rmtree(folder)  # nothing of value is in it, and the corrected command can simply be run
             raise
 
 
-def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int, described: dict) -> None:
+def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int) -> None:
     """Fills `folder`, in which nothing stands yet; says how many rows there are and why others were left out."""
     spec, test_spec = flags.data, flags.test_data
     if spec in WORLDS:

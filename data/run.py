@@ -90,7 +90,10 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     return True
 
 
-CHANGE_NO_RESULT = {"micro_batch"}  # another value of these is no other stage: so one that ran out of memory can go on with less
+CHANGE_NO_RESULT = {  # another value of these flags is no other stage
+    "micro_batch",  # so one that ran out of memory can go on with less
+    "init", "ref", "reward_model", "prompts", "file",  # places: what lies there is known by its digest, as a parent or a flag
+}  # fmt: skip
 
 
 def key_differences(made: dict, key: dict) -> str:
@@ -103,7 +106,7 @@ def key_differences(made: dict, key: dict) -> str:
     return "; ".join(
         difference(name, made[group].get(name), key[group].get(name))
         for group in key
-        for name in sorted({*made[group], *key[group]} - CHANGE_NO_RESULT)
+        for name in sorted({*made[group], *key[group]} - (CHANGE_NO_RESULT if group == "flags" else set()))
         if identity(made[group].get(name)) != identity(key[group].get(name))
     )
 

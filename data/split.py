@@ -157,10 +157,10 @@ def _empty_half(half: str, threshold: float, undisputed: np.ndarray, largest: np
 
 
 def write_split(folder: Path, split: Split, pairs: Sequence, gaps: np.ndarray, flags: SplitFlags, extra: Mapping) -> None:
-    """Writes easy.jsonl, difficult.jsonl, dropped.jsonl and, last, summary.json: a folder without a summary is unfinished.
+    """Writes easy.jsonl, difficult.jsonl, dropped.jsonl and, last, summary.json.
 
     pairs: the N records that were split (`id` and `prompt` are used); gaps (N,) as given to `split_pairs`. `extra` is added to the summary
-    (seed, digest of the reward model, folds). Gaps are signed; the histogram's first and last bin hold everything beyond the edges too.
+    (seed, digest of the scores). Gaps are signed; the histogram's first and last bin hold everything beyond the edges too.
     """
     folder, gaps = Path(folder), np.asarray(gaps, dtype=np.float64)
     rows = {part: getattr(split, part) for part in PARTS}

@@ -18,12 +18,12 @@ def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0)
 
 
-def masked_sum(x: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
-    """Sum of the real entries along `dim`: (B, T) -> (B,) by default. An empty row gives 0.
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of each row's real entries: (B, T) -> (B,). An empty row gives 0.
 
     With `x` the token log-probabilities of a response this is its sequence log-probability, `seq_logp`.
     """
-    return zero_padding(x, mask).sum(dim)
+    return zero_padding(x, mask).sum(-1)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

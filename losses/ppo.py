@@ -28,28 +28,24 @@ from torch import Tensor
 
 from losses.masked import zero_padding
 
+MAX_LOG_RATIO = 20.0  # only keeps exp() finite: a log ratio of 1000 must show up as a count, not as inf * 0 = nan
 
 @dataclass(frozen=True)
 class PpoStats:
     """Where the policy loss did something special: (B, T-1) bool each, False off the mask. Shares are sums over the count of the mask."""
 
     clipped: Tensor  # the clipped surrogate was the worse one: no gradient from this token
-    overflow: Tensor  # |log ratio| was beyond max_log_ratio and was cut to it: no gradient either, and something is wrong
+    overflow: Tensor  # |log ratio| was beyond MAX_LOG_RATIO and was cut to it: no gradient either, and something is wrong
 
 
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2, max_log_ratio: float = 20.0
-) -> tuple[Tensor, PpoStats]:
-    """Clipped surrogate per token; logp, old_logp, advantages, mask (B, T-1) -> loss (B, T-1) float32, 0 off the mask, and PpoStats.
-
-    max_log_ratio only keeps exp() finite: a log ratio of 1000 must show up as a count, not as inf * 0 = nan.
-    """
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> tuple[Tensor, PpoStats]:
+    """Clipped surrogate per token; logp, old_logp, advantages, mask (B, T-1) -> loss (B, T-1) float32, 0 off the mask, and PpoStats."""
     log_ratio = zero_padding(logp.float() - old_logp.float().detach(), mask)
     advantages = zero_padding(advantages.float().detach(), mask)
-    ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    stats = PpoStats(clipped=clipped > unclipped, overflow=log_ratio.detach().abs() > max_log_ratio)
+    stats = PpoStats(clipped=clipped > unclipped, overflow=log_ratio.detach().abs() > MAX_LOG_RATIO)
     return torch.maximum(unclipped, clipped), stats  # (a)
 
 

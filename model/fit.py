@@ -59,9 +59,9 @@ def train_step(
     sums: dict[str, float] = {}
     micro_batches = share_out(rows, world.rank, world.size, micro_batch)
     for index, part in enumerate(micro_batches):
-        with gradient_sync(model, last=index + 1 == len(micro_batches)), world.autocast():
-            total, metrics = objective.loss(model, part or rows[:1])
         with gradient_sync(model, last=index + 1 == len(micro_batches)):
+            with world.autocast():
+                total, metrics = objective.loss(model, part or rows[:1])
             (total * (world.size / count if part else 0.0)).backward()
         add_up(sums, {"loss": total.detach(), **metrics}, bool(part))
         if suspects is not None and not all(math.isfinite(value) for value in (total.detach(), *metrics.values())):
@@ -81,10 +81,10 @@ def evaluate(model: nn.Module, objective: Objective, rows: Sequence, micro_batch
     return mean_over_ranks(sums, sum(objective.weight(row) for row in rows), world)
 
 
-def add_up(sums: dict[str, float], values: dict[str, Tensor], counts: bool) -> None:
-    """Adds values to sums; those of a stand-in for an empty micro-batch enter their names alone."""
+def add_up(sums: dict[str, float], values: dict[str, Tensor], real: bool) -> None:
+    """Adds values to sums; a stand-in for an empty micro-batch, which is not real, adds its names with 0."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
+        sums[name] = sums.get(name, 0.0) + (float(value) if real else 0.0)
 
 
 def mean_over_ranks(sums: dict[str, float], count: int, world: World) -> dict[str, float]:
@@ -149,9 +149,9 @@ def fit(
 
     state = saving.restore(model, optimiser, metrics)
     if not state:
-        best, _ = look(-1)
+        best, stop = look(-1)
         keep("")
-        state = {"step": 0, "best": best, "since_best": 0, "finished": False}
+        state = {"step": 0, "best": best, "since_best": 0, "finished": stop}
     taken, best, since_best, finished = (state[name] for name in ("step", "best", "since_best", "finished"))
     bar = tqdm(total=len(steps), initial=taken, desc=stage, disable=not world.is_main, mininterval=1.0)
     with bar, saving.heeding_signals():

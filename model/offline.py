@@ -1,7 +1,7 @@
 """The stages that sample nothing to learn from: their flags, what each reads, does and writes.
 
-tokenizer, sft and rm prepare; split is the paper's data step, dpo its first stage. Each asks the run whether it has to work at all, works in
-`with run.stage(...)`, and says what it found. The second stage is rl/online.py.
+tokenizer, sft and rm prepare; split is the paper's data step, dpo the method's first stage (its second, ppo, is in rl/online.py). Each asks
+the run whether it has to work at all, works in `with run.stage(...)`, and says what it found.
 """
 
 import dataclasses
@@ -14,25 +14,23 @@ import numpy as np
 import torch
 
 from data.batches import PairRow, epoch_order, stable_hash
-from data.errors import DataError, NumericalError, UsageError
+from data.errors import CheckpointError, DataError, NumericalError, UsageError
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import flag, take_flags
-from data.prepare import DataFlags, WorldFlags, load_pairs
+from data.prepare import load_pairs
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, METRICS, Metrics, as_flags
-from data.split import SplitFlags, read_split, split_pairs, write_split
+from data.split import SplitFlags, split_pairs, write_split
 from data.tokenizer import DEFAULT_SIZE, Tokenizer, tokenizer_file, train_tokenizer
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
-from model.checkpoint import CONFIG, count_parameters
+from model.checkpoint import CONFIG, count_parameters, open_model
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
 from model.optim import for_size
-from model.parallel import DeviceFlags, World, distribute
-from model.plan import PlanFlags
-from model.resume import LoopFlags
+from model.parallel import World, distribute
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
-from model.stage import Run, RunFlags, Text, demonstration_rows, encoded, open_text, parameters, validation_prompts
+from model.stage import Run, Text, demonstration_rows, encoded, open_text, part_ids, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import WATCHED, check_first_preference_step, limit_passed, sampled_kl
 
@@ -42,7 +40,7 @@ SCALED_ON = 2000  # training pairs that the mean and std of a reward model's sco
 @dataclass(frozen=True)
 class TokenizerFlags:
     vocab_size: int | None = flag(None, f"pieces of the tokenizer (default: {DEFAULT_SIZE}, or as many as the texts can fill)", positive=True)
-    file: str | None = flag(None, "use this sentencepiece model, nothing is trained (default: that of --init, in a chain that has it)")
+    file: str | None = flag(None, "use this sentencepiece model, nothing is trained (default: that of --init or --rm-reward-model, in a chain that has one)")
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,10 @@ class DpoFlags(FitFlags):
 
 
 def loss_fields() -> list[tuple]:
-    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each. Raises ValueError
-    for a name that is taken."""
+    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each."""
     fields: dict[str, tuple[type, str, list[str]]] = {}
-    taken = {field.name for group in (DpoFlags, RunFlags, LoopFlags, PlanFlags, DeviceFlags, DataFlags, WorldFlags) for field in dataclasses.fields(group)}
     for loss, function in PREFERENCE_LOSSES.items():
         for name, (kind, default, text) in loss_flags(function).items():
-            if name in taken:
-                raise ValueError(f"losses/dpo.py: {loss}: its argument {name} has the name of a flag of --stage dpo; choose another")
             fields.setdefault(name, (kind, text, []))[2].append(f"{loss} {default}")
     return [(name, kind | None, flag(None, f"{text} (default: {', '.join(defaults)})")) for name, (kind, text, defaults) in fields.items()]
 
@@ -94,24 +88,36 @@ def loss_fields() -> list[tuple]:
 LossFlags = dataclasses.make_dataclass("LossFlags", loss_fields(), frozen=True)
 
 
+def tokenizers_place(run: Run, flags: TokenizerFlags) -> str | None:
+    """The tokenizer's file that is typed, or, in a chain, the folder of the model or the reward model that it starts from."""
+    return flags.file or take_flags(ModelFlags, run.given).init or (run.take("rm", RmFlags).reward_model if run.chain else None)
+
+
 def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
     """Raises UsageError for a size of a tokenizer that is given."""
-    if flags.vocab_size and (given_one := flags.file or run.given.get("init")):
-        raise UsageError(f"--vocab-size {flags.vocab_size}: {given_one} has its own; leave the flag out")
+    if flags.vocab_size and (place := tokenizers_place(run, flags)):
+        raise UsageError(f"--vocab-size {flags.vocab_size}: {place} has its own; leave the flag out")
 
 
 def check_rm(run: Run, flags: RmFlags) -> None:
-    """Raises UsageError for a flag of training beside a reward model that is given."""
-    names = {("rm_" if run.chain else "") + field.name for field in dataclasses.fields(RmFlags)}
-    if flags.reward_model and (typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"})):
-        raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {flags.reward_model}; leave one of them out")
+    """Raises UsageError for a flag of training beside a reward model that is given, CheckpointError for one that is none, or, in a chain, whose
+    tokenizer is not that of the model it starts from."""
+    given, names = flags.reward_model, {("rm_" if run.chain else "") + field.name for field in dataclasses.fields(RmFlags)}
+    if not given:
+        return
+    if typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"}):
+        raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {given}; leave one of them out")
+    open_model(Path(given), ScalarModel)
+    place = Path(tokenizers_place(run, run.take("tokenizer", TokenizerFlags)) if run.chain else given)
+    if digest(tokenizer_file(given)) != digest(tokenizer_file(place) if place.is_dir() else place):
+        raise CheckpointError(f"--reward-model {given}: its tokenizer is not that of {place}; give models of one tokenizer")
 
 
 def tokenizer_stage(run: Run) -> None:
     """Trains a tokenizer on the training part, or takes the given one."""
-    flags, init = run.take("tokenizer", TokenizerFlags), take_flags(ModelFlags, run.given).init
-    if init and not flags.file:  # a chain from a model starts from its tokenizer
-        flags = dataclasses.replace(flags, file=str(tokenizer_file(init)))
+    flags = run.take("tokenizer", TokenizerFlags)
+    if (place := tokenizers_place(run, flags)) and place != flags.file:
+        flags = dataclasses.replace(flags, file=str(tokenizer_file(place)))
     if flags.file:
         Tokenizer(Path(flags.file))  # one that cannot be used stops the run before anything is written
     file = {"file_digest": digest(Path(flags.file))} if flags.file else {}
@@ -138,13 +144,14 @@ def sft_stage(run: Run) -> None:
     else:
         model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
         initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
-    flags = for_size("sft", flags, parameters(model))
+    size = sum(p.numel() for p in model.parameters())
+    flags = for_size("sft", flags, size)
     if not run.begins("sft", as_flags(flags, model_flags), parents):
         return
     with run.stage("sft") as (folder, metrics, results):
         rows = {part: demonstration_rows(run, text, part) for part in ("train", "validation")}
-        results["parameters"] = parameters(model)
-        run.say(f"  {results['parameters']:,} parameters, {len(rows['train'])} demonstrations")
+        results["parameters"] = size
+        run.say(f"  {size:,} parameters, {len(rows['train'])} demonstrations")
         model = distribute(model, run.world)
         objective = sft_objective(tokenizer.pad_id, run.world.device, flags.include_prompt)
         results |= fit(
@@ -167,6 +174,7 @@ def rm_stage(run: Run) -> None:
     if not run.begins("rm", key, {"reward_model" if given else "init": init, "data": run.folder / "data"}):
         return
     with run.stage("rm") as (folder, _, results):
+        other = "take another reward model" if given else "try another --lr, or more data"
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
         prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
         fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % folds for row in train])
@@ -186,11 +194,13 @@ def rm_stage(run: Run) -> None:
         model = distribute(text.load(folder, ScalarModel), world, frozen=True)
         sample = range(len(train)) if folds == 1 else epoch_order(len(train), run.flags.seed, "rm scale", 0)[:SCALED_ON]
         in_fold = reward_scores_of_pairs(model, [train[i] for i in sample], pad_id, world)
+        if not np.isfinite(in_fold).all():
+            raise NumericalError(f"rm: of {len(in_fold)} pairs {(~np.isfinite(in_fold)).any(axis=1).sum()} have a score that is not finite; " + other)
         scores = in_fold if folds == 1 else scores
         on_test = reward_scores_of_pairs(model, test, pad_id, world)
         stats = {"score_mean": float(in_fold[:, 0].mean()), "score_std": float(in_fold[:, 0].std())}
         if not stats["score_std"] > 0:
-            raise NumericalError("rm: all chosen responses have the same score, so the reward model has learnt nothing; try another --lr, or more data")
+            raise NumericalError("rm: all chosen responses have the same score, so the reward model has learnt nothing; " + other)
         if world.is_main:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]
@@ -217,7 +227,7 @@ def train_reward_model(run: Run, text: Text, flags: RmFlags, init: Path, validat
 
 
 def split_stage(run: Run) -> None:
-    """Easy, difficult and dropped pairs by the gap of their out-of-fold scores."""
+    """Easy, difficult and dropped pairs by the gap of the rm stage's scores, or by the one that each row states."""
     flags = run.take("split", SplitFlags)
     rm = run.parent("rm")
     if flags.gaps == "given":
@@ -246,11 +256,6 @@ def check_given_gaps(run: Run) -> None:
         raise DataError(f'{without}: has no "gap", which --gaps given needs in every pair; give it, or split by the reward model\'s')
 
 
-def part_ids(run: Run, part: str) -> set[str] | None:
-    """Ids of the split's part; None for all pairs, which need no split."""
-    return None if part == "all" else set(read_split(run.parent("split"))[part])
-
-
 def chosen_loss(run: Run, name: str):
     """The preference loss with the flags that were typed; raises UsageError for a flag that it does not read. Also its arguments."""
     typed = {key: value for key, value in as_flags(run.take("dpo", LossFlags)).items() if value is not None}
@@ -262,7 +267,7 @@ def chosen_loss(run: Run, name: str):
     if not arguments["beta"] > 0:
         raise UsageError(f"--beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
     try:
-        PREFERENCE_LOSSES[name](Pairs(*[torch.zeros(1)] * 4, *[torch.ones(1)] * 3), **arguments)
+        PREFERENCE_LOSSES[name](Pairs(*[torch.ones(1)] * len(dataclasses.fields(Pairs))), **arguments)
     except ValueError as error:
         raise UsageError(f"--loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments
@@ -302,7 +307,7 @@ def dpo_stage(run: Run) -> None:
         }
         logps = cached_logps(
             run.folder / "cache", key, [row.id for row in both],
-            lambda: reference_logps(ref, both, pad_id, world), world.is_main,
+            lambda: reference_logps(ref, both, pad_id, world), world,
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
         same_start = weights_digest(init) == key["weights"]

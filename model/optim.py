@@ -10,6 +10,7 @@ from data.errors import NumericalError
 from model.parallel import whole
 
 SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
+FINAL = 0.02  # of the peak learning rate, at the end
 BY_SIZE = {
     "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (5e-4, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
@@ -19,7 +20,7 @@ BY_SIZE = {
 
 
 def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside the layers decay: small embeddings and
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside the layers decay: small embeddings and
     output rows would leave some probability to every token of the vocabulary."""
     decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -36,13 +37,14 @@ def for_size(stage: str, flags, parameters: int):
     return dataclasses.replace(flags, **missing)
 
 
-def lr_at(step: int, total: int, peak: float, warmup: float, final: float = 0.02) -> float:
-    """Linear warm-up over the first `warmup` share of `total` steps, then a cosine down to `final` times the peak. step counts from 0."""
+def lr_at(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of `total` steps, then a cosine (Loshchilov and Hutter, arXiv 1608.03983) down to FINAL
+    times the peak. step counts from 0."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return peak * (step + 1) / rise
     progress = (step - rise) / max(1, total - rise)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, clip: float, where: str) -> float:

@@ -135,7 +135,7 @@ def memory(job: Job) -> list[Line]:
     frozen = {"dpo": {"reference": counts.model}, "ppo": {"reference": counts.model, "reward model": scalar}}
     for name, parameters in frozen.get(job.stage, {}).items():
         lines += of_frozen(name, parameters, job, counts)
-    return lines + of_update(job, counts) + of_sampling(job, counts) + of_reading(job, scalar, counts)
+    return lines + of_update(job) + of_sampling(job, counts) + of_reading(job, scalar, counts)
 
 
 def of_trained(name: str, parameters: int, job: Job, counts: Counts) -> list[Line]:
@@ -153,7 +153,7 @@ def of_trained(name: str, parameters: int, job: Job, counts: Counts) -> list[Lin
     elif job.accumulates:
         lines.append(Line(name, "gradients that wait", 4 * parameters, "4 P: outside the buckets until the step's last micro-batch", "update"))
     elif job.fsdp or job.world == 1:
-        kept = sum(line.bytes for line in of_update(job, counts))
+        kept = sum(line.bytes for line in of_update(job))
         why = f"4 P{over} less activations and logits, which go as they come"
         lines.append(Line(name, "gradients", max(0, 4 * parameters / shards - kept), why, "update"))
     if job.bf16 and not job.fsdp:
@@ -195,7 +195,7 @@ def layer_bytes(job: Job) -> float:
     return 4 * 4 * c.width + a * (5 * c.width + 3 * c.kv_heads * c.head_size + 4 * c.feed_forward) + 4 * c.heads + 8 + mask
 
 
-def of_update(job: Job, counts: Counts) -> list[Line]:
+def of_update(job: Job) -> list[Line]:
     """Activations and logits of one micro-batch."""
     c, a = job.config, 2 if job.bf16 else 4
     rows = min(job.micro_batch, -(-job.batch // job.world))

@@ -126,7 +126,7 @@ def sequence_kls(
     return for_each_row(read, rows, batch, world, "KL", columns=len(refs))
 
 
-def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[[], np.ndarray], is_main: bool) -> np.ndarray:
+def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[[], np.ndarray], world: World) -> np.ndarray:
     """compute() -> (N, columns), kept in `folder` under a name made of `key` and the row ids; read back when both are the same.
 
     key: everything that changes the numbers (digest of the weights, tokenizer, limits, dtype). Raises CheckpointError where a kept file
@@ -134,14 +134,14 @@ def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[
     """
     name = hashlib.sha256(json.dumps([key, list(ids)], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"reference-{name}.json"
-    if path.exists():
+    if world.any(path.exists()):  # or some would wait in compute() for those that read
         kept = read_json(path)
         missing = sorted(set(ids) - set(kept["logps"]))
         if missing or kept["key"] != json.loads(json.dumps(key)) or kept.get("sha256") != sha256_of(kept["logps"]):
             raise CheckpointError(f"{path}: not the cache its name says (missing rows: {missing[:5]}); remove it, it will be made anew")
         return np.array([kept["logps"][row] for row in ids])
     values = compute()
-    if is_main:
+    if world.is_main:
         logps = {row: list(map(float, value)) for row, value in zip(ids, values, strict=True)}
         write_json(path, {"key": key, "sha256": sha256_of(logps), "logps": logps})
     return values

@@ -19,11 +19,12 @@ from torch import nn
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
 from data.errors import CheckpointError, DataError, Stop, UsageError
-from data.files import INDEX, atomic_write, digest, weight_files, write_json
+from data.files import INDEX, atomic_write, copy_whole, digest, read_json, weight_files, write_json
 from data.flags import flag, take_flags
 from data.prepare import load_demonstrations, load_pairs
 from data.report import profile_text
 from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
+from data.split import read_split
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
@@ -153,8 +154,9 @@ class Text:
 
     def copy_model(self, source: Path, folder: Path) -> None:
         """The files of a model, byte for byte, into a stage's folder; the tokenizer's are written as for every other stage."""
-        for path in [source / CONFIG, *weight_files(source), *source.glob(INDEX)]:
-            shutil.copyfile(path, folder / path.name)
+        weights = weight_files(source)
+        for path in [source / CONFIG, *weights, *([source / INDEX] if len(weights) > 1 else [])]:
+            copy_whole(path, folder / path.name)
         self.save_tokenizer(folder)
 
     def describe(self, row: Row | PairRow) -> dict[str, str]:
@@ -231,5 +233,11 @@ def validation_prompts(run: Run, text: Text, count: int) -> list[tuple[int, ...]
     return fitting[: max(count, run.world.size)]
 
 
-def parameters(model) -> int:
-    return sum(p.numel() for p in model.parameters())
+def part_ids(run: Run, part: str) -> set[str] | None:
+    """Ids of the split's part; None for all pairs, which need no split. Raises UsageError where the run's reward model was made anew since."""
+    if part == "all":
+        return None
+    folder, rm = run.parent("split"), run.folder / "rm" / MANIFEST
+    if rm.exists() and digest(rm) != read_json(folder / MANIFEST)["parents"]["rm"]["manifest"]:
+        raise UsageError(f"{folder}: was made from the scores of another reward model than {rm.parent}; remove it, and what follows, and split again")
+    return set(read_split(folder)[part])

@@ -3,8 +3,10 @@
 RMSNorm before each block, rotary positions, grouped-query attention, a SwiGLU feed-forward, no biases, no dropout. Rows are padded on
 the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. Told which
 tokens are real, everything but attention leaves padding out. With a `Cache` (model/cache.py) the same code prefills prompts and decodes one
-token per row. Query, key and value share one matrix, as do the
-feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits them into Hugging Face's names on disk.
+token per row. Query, key and value share one matrix, as do the feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits
+them into Hugging Face's names on disk.
+
+Source: Touvron et al., arXiv 2302.13971; RMSNorm is Zhang and Sennrich, arXiv 1910.07467, grouped queries Ainslie et al., arXiv 2305.13245.
 
 Letters: B rows, T length, D width, L layers, H query heads, K key-value heads, E head size, F feed-forward width, V vocabulary.
 """
@@ -193,8 +195,8 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None, real: Tensor | None = None
     ) -> Tensor:
-        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands; with real
-        (B, T) bool, True on whatever a True one shall see, the others' states are 0."""
+        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands. real
+        (B, T) bool marks the tokens to compute, and must be True on all that these attend to; the states of the others are 0."""
         start = 0 if cache is None else cache.lengths[:, None]
         positions = start + torch.arange(tokens.shape[1], device=tokens.device) if packing is None else packing.positions  # (T,) or (B, T)
         mask = None if packing is None else packing.mask

@@ -38,7 +38,7 @@ def sampled_kl(model: nn.Module, ref: nn.Module, prompts: Sequence[Sequence[int]
         with at_hand(ref, world):
             reference = ref(responses.tokens, responses.response_mask).logp
     kl, ended, rows = world.total([float((policy - reference).sum()), float(responses.ended.sum()), len(mine)])
-    return {"kl_ref_seq": float(kl / rows), "ended": float(ended / rows)}  # what is said of them (a bool) has to be plain for JSON, too
+    return {"kl_ref_seq": float(kl / rows), "ended": float(ended / rows)}  # plain numbers, for JSON
 
 
 def limit_passed(numbers: dict[str, float], max_kl: float, max_fall: float) -> str | None:

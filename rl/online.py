@@ -14,11 +14,10 @@ from data.prepare import load_pairs
 from data.run import MANIFEST, METRICS, as_flags
 from model.checkpoint import CONFIG, count_parameters
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
-from model.offline import part_ids
 from model.optim import for_size
 from model.parallel import bare, distribute
 from model.score import sha256_of
-from model.stage import Run, Text, open_text, validation_prompts
+from model.stage import Run, Text, open_text, part_ids, validation_prompts
 from model.watch import limit_passed
 from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
@@ -47,12 +46,11 @@ def check_ppo(run: Run, flags: PpoStageFlags) -> None:
 def ppo_stage(run: Run) -> None:
     """PPO on a part's prompts; in MPO start and reference are the DPO model."""
     flags, text, world = run.take("ppo", PpoStageFlags), open_text(run), run.world
-    check_ppo_flags(flags)
     init = run.parent("dpo", flags.init)
     ref_path = run.parent("dpo", flags.ref)
     rm_path = run.parent("rm", flags.reward_model)
     prompts = training_prompts(run, text, flags)
-    policy, reward_model = text.load(init, LanguageModel), text.load(rm_path, ScalarModel)
+    policy, ref, reward_model = text.load(init, LanguageModel), text.load(ref_path, LanguageModel), text.load(rm_path, ScalarModel)
     described = read_json(rm_path / CONFIG)
     if "score_std" not in described:
         raise CheckpointError(f"{rm_path / CONFIG}: score_mean and score_std are missing; the rm stage fits and stores them")
@@ -69,8 +67,11 @@ def ppo_stage(run: Run) -> None:
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
         scale = (described["score_mean"], described["score_std"])
         model = distribute(PolicyWithCritic(policy, critic, *scale), world)
-        ref, reward_model = (distribute(m, world, frozen=True) for m in (text.load(ref_path, LanguageModel), reward_model))
-        how = sampling(text, flags, *scale)
+        ref, reward_model = (distribute(m, world, frozen=True) for m in (ref, reward_model))
+        how = Sampling(
+            text.max_response, flags.temperature, flags.end_penalty, eos_id=text.tokenizer.eos_id, pad_id=text.tokenizer.pad_id,
+            score_mean=scale[0], score_std=scale[1],
+        )  # fmt: skip
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
         saving = run.saving(folder, text, every=10)
 
@@ -118,11 +119,6 @@ def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[i
     if not fitting:
         raise DataError(f"no prompt is left to train on after those of validation and test, and those above --max-prompt {text.max_prompt}")
     return fitting
-
-
-def sampling(text: Text, flags: PpoFlags, mean: float, std: float) -> Sampling:
-    """How this run draws and judges responses."""
-    return Sampling(text.max_response, flags.temperature, flags.end_penalty, text.tokenizer.eos_id, text.tokenizer.pad_id, mean, std)
 
 
 def warn_of_unhealthy(run: Run, ref: Path) -> None:

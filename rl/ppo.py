@@ -7,7 +7,7 @@ One iteration, in the order of `train_ppo`:
   4. minibatches, in one pass or a few: clipped policy loss, clipped value loss (losses/ppo.py), KL in the loss where chosen
   5. the KL coefficient's next value; every so often a look at validation prompts
 
-In Mixed Preference Optimization policy and reference both start as the DPO model and the prompts are those of the difficult pairs; which
+In Mixed Preference Optimization the policy starts as the DPO model, which stays its reference; the prompts are those of the difficult pairs. Which
 models and prompts come in is online.py's business. Source: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593.
 """
 
@@ -28,7 +28,7 @@ from data.run import Metrics
 from losses.kl import check_kl_placement, k2, k3
 from losses.masked import masked_moments, masked_sum, merge_moments
 from losses.ppo import policy_loss, value_loss
-from model.fit import broken_names
+from model.fit import add_up, broken_names
 from model.optim import clipped_step, lr_at, make_optimiser
 from model.parallel import World, gradient_sync
 from model.resume import Saving
@@ -53,7 +53,7 @@ class PpoFlags:
     kl_horizon: float = flag(1000.0, "responses over which the adaptive coefficient moves", positive=True)
     kl_estimator: str = flag("k1", "k1 in the reward; in the loss k2, or forward_k3, which follows the forward KL", choices=("k1", "k2", "k3", "forward_k3"))
     kl_placement: str = flag("reward", "where the KL stands", choices=("reward", "loss"))
-    end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score")
+    end_penalty: float = flag(1.0, "subtracted from the score of a response without end token, in units of score; with --bootstrap it only counts for what is kept")
     ratio_clip: float = flag(0.2, "the ratio counts within 1 - clip and 1 + clip", positive=True)
     value_clip: float = flag(0.2, "values count at most so far from the old ones in one round; 0: however far")
     value_coef: float = flag(0.5, "weight of the value loss; on a shared trunk so much harms the policy: take 0.1 there")
@@ -61,7 +61,7 @@ class PpoFlags:
     critic: str = flag("separate", "a model of its own from the reward model, or a value head on the policy's trunk: faster, but noisier", choices=("separate", "trunk"))
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
-    bootstrap: bool = flag(False, "what a response cut at the length limit ends with is the critic's value of going on, in place of score and penalty")
+    bootstrap: bool = flag(False, "a response that was cut at the length limit is paid the critic's value of going on, in place of score and penalty")
     target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
     warmup: float = flag(0.1, "share of the rounds in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
@@ -84,7 +84,7 @@ def check_ppo_flags(flags: PpoFlags) -> None:
         raise UsageError("--kl-coef 0, --kl-target: a coefficient of 0 cannot be adapted, it is only ever multiplied; start from a positive one")
     if not 0 < flags.ratio_clip < 1:
         raise UsageError(f"--ratio-clip {flags.ratio_clip}: must lie between 0 and 1, so that the ratio counts within 1 - clip and 1 + clip")
-    for name in ("entropy_coef", "end_penalty", "value_clip"):
+    for name in ("value_coef", "entropy_coef", "end_penalty", "value_clip"):
         if getattr(flags, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
     if flags.kl_target and flags.prompts_per_iteration > flags.kl_horizon:
@@ -125,7 +125,11 @@ def moments_over_ranks(x: Tensor, mask: Tensor, world: World) -> tuple[Tensor, T
 
 
 def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float, flags: PpoFlags) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed loss over the response tokens of some rows (n,), and summed metrics."""
+    """Summed loss over the response tokens of some rows (n,), and summed metrics.
+
+        L = sum_t [ L_policy + value_coef L_value - entropy_coef H ] + kl_coef KL        (a)    the last where the KL stands in the loss
+
+    Source: Schulman et al., arXiv 1707.06347, equation 9, with the sign of a loss."""
     rollout = batch.rollout
     width = int(rollout.lengths[rows].max())  # columns that are padding in all of these rows are left out
     scored = model(rollout.tokens[rows, :width], rollout.response_mask[rows, :width], temperature=flags.temperature)
@@ -135,7 +139,7 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
     policy_losses, stats = policy_loss(scored.logp, old_logp, advantages, mask, flags.ratio_clip)
     value_losses = value_loss(scored.values[:, :-1], old_values, returns, mask, flags.value_clip or None)
     entropy = masked_sum(scored.entropy, mask).sum()
-    total = masked_sum(policy_losses, mask).sum() + flags.value_coef * masked_sum(value_losses, mask).sum() - flags.entropy_coef * entropy
+    total = policy_losses.sum() + flags.value_coef * value_losses.sum() - flags.entropy_coef * entropy  # (a)
     if flags.kl_placement == "loss":
         penalty = k2 if flags.kl_estimator == "k2" else k3
         total = total + kl_coef * penalty(scored.logp, ref_logp, mask).sum()
@@ -162,17 +166,16 @@ def accumulate(
     suspects, largest = [], 0.0
     for turn in range(turns):
         rows = mine[turn * flags.micro_batch : (turn + 1) * flags.micro_batch]
-        counts = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
+        real = len(rows) > 0  # a process without rows goes through the motions: FSDP's collectives need all of them
         with gradient_sync(model, last=turn + 1 == turns):
             with world.autocast():
-                total, metrics = minibatch_loss(model, batch, rows if counts else mine.new_zeros(1), kl_coef, flags)
-            (total * (world.size / count if counts else 0.0)).backward()
-        if counts and not all(map(math.isfinite, metrics.values())):
+                total, metrics = minibatch_loss(model, batch, rows if real else mine.new_zeros(1), kl_coef, flags)
+            (total * (world.size / count if real else 0.0)).backward()
+        if real and not all(map(math.isfinite, metrics.values())):
             suspects += rows.tolist()
         own = float(metrics.pop("largest_log_ratio"))
-        largest = max(largest, own if counts else 0.0)
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
+        largest = max(largest, own if real else 0.0)
+        add_up(sums, metrics, real)
     return sums, largest, suspects
 
 
@@ -181,7 +184,7 @@ def update(
     optimiser: torch.optim.Optimizer,
     batch: Batch,
     *,
-    lengths: np.ndarray,
+    response_tokens: np.ndarray,
     iteration: int,
     lr: float,
     kl_coef: float,
@@ -190,20 +193,20 @@ def update(
     world: World,
     saving: Saving | None = None,
 ) -> dict[str, float]:
-    """All passes over one batch. lengths (N,): response tokens of every row of every process; row i lives on process i % size.
+    """All passes over one batch. response_tokens (N,): of every row of every process; row i lives on process i % size.
 
     Raises NumericalError when the very first ratio is not 1, or a number is not finite; weights are then as before that step.
     """
     saving = saving or Saving()
     sums: dict[str, float] = {}
     tokens_seen = 0
-    order = step_indices(len(lengths), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
+    order = step_indices(len(response_tokens), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
     for index, chosen in enumerate(order):
         model.train()
         mine = torch.from_numpy(chosen[chosen % world.size == world.rank] // world.size).to(batch.returns.device)
         mine = mine[batch.rollout.lengths[mine].argsort()]  # micro-batches of like lengths have little padding
         most = max(int((chosen % world.size == rank).sum()) for rank in range(world.size))
-        count = int(lengths[chosen].sum())
+        count = int(response_tokens[chosen].sum())
         numbers, largest, suspects = accumulate(model, batch, mine, math.ceil(most / flags.micro_batch), count, kl_coef, flags, world)
         totals = dict(zip(numbers, world.total(list(numbers.values())), strict=True))
         where = f"ppo, iteration {iteration}, update {index}"
@@ -219,8 +222,7 @@ def update(
                 f"{error}; responses {chosen[:5].tolist()}, ...{saving.dump(where, as_rows(batch.rollout, mine.tolist(), world), world)}"
             ) from error
         totals["grad_norm"] = norm * count
-        for name, value in totals.items():
-            sums[name] = sums.get(name, 0.0) + value
+        add_up(sums, totals, True)
         tokens_seen += count
         if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
             break
@@ -327,12 +329,12 @@ def train_ppo(
         numbers["explained_variance"] = explained_variance(rollout.values[:, :-1], batch.returns, rollout.mask, world)
         # 4. the update
         start = time.perf_counter()
-        lengths = np.zeros(len(chosen))
-        lengths[keys] = rollout.mask.sum(dim=1).cpu().numpy()
+        response_tokens = np.zeros(len(chosen))
+        response_tokens[keys] = rollout.mask.sum(dim=1).cpu().numpy()
         lr = lr_at(iteration, len(steps), flags.lr, flags.warmup)
         numbers |= update(
             model, optimiser, batch,
-            lengths=world.total(lengths), iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=seed, world=world, saving=saving,
+            response_tokens=world.total(response_tokens), iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=seed, world=world, saving=saving,
         )  # fmt: skip
         seconds["update"] = time.perf_counter() - start
         seconds["total"] = time.perf_counter() - began

@@ -146,12 +146,14 @@ def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_
     """Its pairs have another seed, and none of the grid's noise; its training has the typed flags, which the stage that takes it has not."""
     words = []
     monkeypatch.setattr(grid, "program", lambda folder, log, script, *arguments: words.append(list(map(str, arguments))))
-    asked = grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice", "--pairs": 300, "--flip-rate": 0.3, "--rm-lr": 0.5}, "advice", {})
+    typed = {"--data": "advice", "--pairs": 300, "--max-pairs": 250, "--flip-rate": 0.3, "--rm-lr": 0.5}
+    asked = grid.Grid(tmp_path, tmp_path / "rows.jsonl", typed, "advice", {})
     grid.make_base(asked, "dpo-easy@strong", 1)
     taken = [(line[1], vars(build_parser(line[1]).parse_args(line))) for line in words]
     assert [name for name, _ in taken] == ["tokenizer", "sft", "tokenizer", "rm", "rm", "split", "tokenizer", "rm"]
     own, strong, judge = (flags for name, flags in taken if name == "tokenizer")
     assert (own["pairs"], strong["pairs"], judge["pairs"]) == (300, 40_000, 300)
+    assert own["max_pairs"] == judge["max_pairs"] == 250 and "max_pairs" not in strong
     assert (own["flip_rate"], strong["flip_rate"], judge["flip_rate"]) == (0.3, 0.0, 0.3) and strong["label_temperature"] == 0.1
     assert len({own["seed"], strong["seed"], judge["seed"]}) == 3
     trained, given, judging = (flags for name, flags in taken if name == "rm")
@@ -163,6 +165,9 @@ def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_
     (tmp_path / "rows").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
     message = here("--stage", "ablations", "--only", "strong", "--data", f"jsonl:{tmp_path}/rows", "--out", tmp_path / "x", expect=2)
     assert "--only dpo-all@strong: its reward model needs pairs without noise" in message
+    common = {"rm_reward_model": str(next(tmp_path.glob("runs/base-*"))), "data": "advice"}
+    with pytest.raises(UsageError, match="--only dpo-easy@rm-folds-1: has a reward model of its own"):
+        grid.run_grid(tmp_path, grid.GridFlags(only="folds", seeds="1"), common, {})
 
 
 def test_a_stage_that_another_grid_is_at_work_on_is_left_alone(tmp_path):
@@ -204,6 +209,10 @@ def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
         (("--resume",), "--resume: a grid goes on by itself"),
         (("--seeds", "1,x"), "--seeds 1,x: give whole numbers"),
         (("--only", "no-such"), "--only no-such: no such row"),
+        (("--ppo-lr", "-1"), "--ppo-lr -1.0: must be a positive"),
+        (("--flip-rate", "0.1", "--data", "jsonl:x"), "--flip-rate 0.1"),
+        (("--rm-reward-model", "nowhere"), "--rm-reward-model nowhere: no such folder"),
+        (("--rm-reward-model", "strong"), "--rm-reward-model strong: "),
     ):
         assert message in here("--stage", "ablations", "--out", tmp_path / "grid", *words, expect=2)
     assert not (tmp_path / "grid").exists()

@@ -164,3 +164,4 @@ def test_the_plan_of_a_model_from_elsewhere(tmp_path):
     assert "1,100,048,384 parameters" in here("--stage", "mpo", "--plan", "--init", tmp_path)
     assert "1,100,048,384 parameters" in here("--stage", "dpo", "--plan", "--init", tmp_path)
     assert "[rm] trains nothing" in here("--stage", "rm", "--plan", "--reward-model", tmp_path)
+    assert f"those of {tmp_path} have 1,100,048,384" in here("--stage", "ppo", "--plan", "--size", "tiny", "--reward-model", tmp_path)

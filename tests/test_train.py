@@ -32,14 +32,14 @@ from eval import EvalFlags
 from model import parallel
 from model.checkpoint import load_model
 from model.heads import LanguageModel, ScalarModel
+from model.offline import TokenizerFlags, tokenizers_place
 from model.parallel import DeviceFlags, World
 from model.plan import PlanFlags
 from model.resume import LoopFlags
 from model.score import reference_logps
 from losses.dpo import PREFERENCE_LOSSES
 from model.stage import Run, RunFlags, Text, validation_prompts
-from model.offline import loss_fields
-from train import STAGE_FLAGS
+from train import STAGE_FLAGS, check_loss_names
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, "ddp")
 
@@ -358,9 +358,34 @@ def test_a_given_reward_model_is_taken_as_it_is(chain, tmp_path):
     here("--stage", "split", "--out", run)
     assert "is finished already" in here("--stage", "rm", "--out", run, "--reward-model", given)
     assert "reward_model was" in here("--stage", "rm", "--out", run, "--reward-model", chain / "rm", expect=2)
+    assert "is finished already" in here("--stage", "rm", "--out", run, "--reward-model", shutil.copytree(given, tmp_path / "moved"))
     shutil.rmtree(run / "rm")
     assert "holds a language model where a reward model is needed" in here("--stage", "rm", "--out", run, "--reward-model", chain / "sft", expect=4)
     assert not (run / "rm").exists()
+    here("--stage", "rm", "--out", run, "--reward-model", chain / "rm")
+    shutil.copytree(chain / "sft", run / "sft")
+    message = here("--stage", "dpo", "--out", run, *BUDGETS["dpo"], expect=2)
+    assert "split: was made from the scores of another reward model" in message and not (run / "dpo").exists()
+
+
+def test_a_chain_reads_with_the_tokenizer_of_a_given_reward_model(chain, tmp_path):
+    other = copy_of(chain, tmp_path / "other") / "rm"
+    (other / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes() + b"\0")
+    for words, code, message in (
+        (["--rm-reward-model", chain / "sft"], 4, "holds a language model where a reward model is needed"),
+        (["--rm-reward-model", chain / "rm", "--tokenizer-vocab-size", 400], 2, "has its own; leave the flag out"),
+        (["--rm-reward-model", other, "--init", chain / "sft"], 4, "its tokenizer is not that of "),
+    ):
+        assert message in here("--stage", "mpo", "--out", tmp_path / "run", *words, expect=code) and not (tmp_path / "run").exists()
+    run = Run(tmp_path, RunFlags(), ALONE, {"rm_reward_model": str(chain / "rm")}, True, {})
+    assert tokenizers_place(run, TokenizerFlags()) == str(chain / "rm")
+
+
+def test_places_are_no_part_of_a_stages_key(chain):
+    """The reference spelled out is the reference; another one is another stage."""
+    flags = BUDGETS["dpo"]
+    assert "is finished already" in here("--stage", "dpo", "--out", chain, *flags, "--ref", chain / "sft", "--init", f"{chain}/dpo/../sft")
+    assert "ref was" in here("--stage", "dpo", "--out", chain, *flags, "--ref", chain / "ppo", expect=2)
 
 
 def test_dpo_on_the_opinion_of_the_reward_model(chain, tmp_path):
@@ -601,7 +626,7 @@ def test_an_argument_of_a_loss_cannot_take_the_name_of_another_flag(monkeypatch)
 
     monkeypatch.setitem(PREFERENCE_LOSSES, "cut", cut)
     with pytest.raises(ValueError, match="cut: its argument clip has the name of a flag"):
-        loss_fields()
+        check_loss_names()
 
 
 def test_many_processes_have_a_validation_prompt_each(chain, monkeypatch):

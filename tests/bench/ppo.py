@@ -65,7 +65,7 @@ class Ours:
         lengths = rollout.mask.sum(dim=1).numpy()
         numbers = update(
             self.model, self.optimiser, batch,
-            lengths=lengths, iteration=self.count, lr=LR, kl_coef=self.flags.kl_coef, flags=self.flags, seed=0, world=ALONE,
+            response_tokens=lengths, iteration=self.count, lr=LR, kl_coef=self.flags.kl_coef, flags=self.flags, seed=0, world=ALONE,
         )  # fmt: skip
         self.count += 1
         for name, value in (seconds | {"update": time.perf_counter() - began}).items():

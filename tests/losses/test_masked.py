@@ -19,7 +19,6 @@ RUBBISH = [float("nan"), float("inf"), float("-inf"), 1e9, -1e9]
 def test_padding_leaks_neither_into_values_nor_into_gradients(rubbish):
     x = torch.where(MASK, CLEAN, rubbish).requires_grad_()
     assert masked_sum(x, MASK).tolist() == [3.0, 0.0, 18.0]
-    assert masked_sum(x, MASK, dim=0).tolist() == [3.0, 5.0, 7.0, 6.0]
     count, mean, variance = masked_moments(x.detach(), MASK)
     assert (count.item(), mean.item()) == (6.0, 3.5)
     assert variance.item() == pytest.approx(17.5 / 6)  # 2 (2.5^2 + 1.5^2 + 0.5^2) / 6

@@ -48,7 +48,7 @@ def test_an_absurd_ratio_is_finite_and_counted(log_ratio, advantage):
 
 def test_max_log_ratio_itself_is_not_an_overflow():
     assert not policy_loss(scalar(20), scalar(0), scalar(1), ONE)[1].overflow.item()
-    assert policy_loss(scalar(3), scalar(0), scalar(1), ONE, max_log_ratio=2.0)[1].overflow.item()
+    assert policy_loss(scalar(20.1), scalar(0), scalar(1), ONE)[1].overflow.item()
 
 
 def random_batch(seed=0):

@@ -340,10 +340,10 @@ def test_training_learns():
 
 
 def test_lr_at_by_hand():
-    trace = [lr_at(step, 10, 2.0, 0.2, final=0.1) for step in range(10)]
-    cosine = [2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 8)) / 2) for k in range(8)]
+    trace = [lr_at(step, 10, 2.0, 0.2) for step in range(10)]
+    cosine = [2.0 * (0.02 + 0.98 * (1 + math.cos(math.pi * k / 8)) / 2) for k in range(8)]
     assert trace == pytest.approx([1.0, 2.0, *cosine])
-    assert trace[2] == 2.0 and trace[6] == pytest.approx(1.1)  # half-way: the mean of peak and 0.1 peak
+    assert trace[2] == 2.0 and trace[6] == pytest.approx(1.02)  # half-way: the mean of peak and 0.02 peak
     assert lr_at(0, 1, 2.0, 0.0) == 2.0  # a single step
 
 

@@ -1,5 +1,6 @@
 """Frozen models read rows: in order, whatever the batch; and a cache of reference log-probabilities that is never stale."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -68,7 +69,7 @@ def fill(folder, key=KEY, ids=("a", "b", "c"), values=((1.5, -2.25), (0.1, 1 / 3
         computed.append(True)
         return np.array(values)
 
-    return cached_logps(folder, key, ids, compute, is_main), bool(computed)
+    return cached_logps(folder, key, ids, compute, dataclasses.replace(ALONE, rank=0 if is_main else 1)), bool(computed)
 
 
 def test_the_same_key_and_rows_are_read_back_bit_for_bit(tmp_path):
@@ -134,6 +135,6 @@ def test_cached_equals_live(tmp_path):
         return reference_logps(model, pairs, PAD, ALONE)
 
     ids = [pair.id for pair in pairs]
-    live = cached_logps(tmp_path, KEY, ids, compute, is_main=True)
-    assert live.shape == (9, 2) and (cached_logps(tmp_path, KEY, ids, compute, is_main=True) == live).all()
+    live = cached_logps(tmp_path, KEY, ids, compute, ALONE)
+    assert live.shape == (9, 2) and (cached_logps(tmp_path, KEY, ids, compute, ALONE) == live).all()
     assert (compute() == live).all()

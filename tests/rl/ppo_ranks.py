@@ -135,7 +135,7 @@ def stop_on_nan(world):
             lengths[keys] = rollout.mask.sum(dim=1)
             update(
                 model, make_optimiser(model, 1e-3, 0.0), batch,
-                lengths=world.total(lengths), iteration=0, lr=1e-3, kl_coef=0.05, flags=replace(BASE, minibatch=6), seed=3, world=world,
+                response_tokens=world.total(lengths), iteration=0, lr=1e-3, kl_coef=0.05, flags=replace(BASE, minibatch=6), seed=3, world=world,
             )  # fmt: skip
         except NumericalError as error:
             same = all(torch.equal(tensor, before[name]) for name, tensor in whole_weights(model).items())

@@ -43,7 +43,7 @@ def run_update(policy, batch, flags=FLAGS, *, lr=0.0, kl_coef=0.05, iteration=0,
     optimiser = optimiser or Recorder(policy)
     lengths = batch.rollout.mask.sum(dim=1).numpy()
     numbers = update(
-        policy, optimiser, batch, lengths=lengths, iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=0, world=ALONE
+        policy, optimiser, batch, response_tokens=lengths, iteration=iteration, lr=lr, kl_coef=kl_coef, flags=flags, seed=0, world=ALONE
     )
     return getattr(optimiser, "gradients", None), numbers
 
@@ -363,7 +363,7 @@ def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
     policy, batch, rollout = made()
     with pytest.raises(NumericalError, match="a mean log ratio of 6"):  # the mean over tokens, not over rows or their sum
         update(
-            policy, Recorder(policy), replace(batch, rollout=replace(rollout, logp=rollout.logp - 0.065)), lengths=rollout.mask.sum(dim=1).numpy(),
+            policy, Recorder(policy), replace(batch, rollout=replace(rollout, logp=rollout.logp - 0.065)), response_tokens=rollout.mask.sum(dim=1).numpy(),
             iteration=0, lr=0.0, kl_coef=0.05, flags=FLAGS, seed=0, world=half,
         )  # fmt: skip
 
