@@ -291,6 +291,12 @@ def test_a_validation_may_end_training_before_its_weights_are_kept():
     assert best == {"loss": 5.0, "step": 0} and len(kept) == 2
 
 
+def test_a_first_validation_that_ends_training_leaves_the_weights_as_they_came(tmp_path):
+    rows, objective = scripted([6.0, 5.0])
+    best = run_fit(loud(task("rm", 1)[0]), objective, rows, tmp_path / "metrics.jsonl", validation=rows[:1], at_validation=lambda numbers: True)
+    assert best == {"loss": 6.0, "step": -1} and [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [-1]
+
+
 def test_a_validation_loss_that_is_not_finite_stops():
     rows, objective = scripted([6.0, 5.0, math.nan])
     with pytest.raises(NumericalError, match="test, step 1: .*validation"):
