@@ -38,7 +38,7 @@ def three_steps(run, stage):
     if stage == "ppo":
         return ["--iterations", 1, "--prompts-per-iteration", 24, "--minibatch", 8, "--passes", 1, "--lr", 1e-4]
     rows = len(load_demonstrations(run / "data", "train") if stage == "sft" else load_pairs(run / "data", "train"))
-    extra = {"sft": [], "rm": ["--folds", 1], "dpo": ["--part", "all"]}[stage]
+    extra = {"sft": [], "rm": ["--folds", 1, "--snapshots"], "dpo": ["--part", "all"]}[stage]
     return ["--batch-size", 8, "--epochs", 3 / -(-rows // 8), "--validations", 1, "--lr", 1e-4, *extra]
 
 

@@ -33,7 +33,7 @@ def three_steps(run, stage):
         return ["--iterations", 1, "--prompts-per-iteration", 10, "--minibatch", 4, "--micro-batch", 2, "--passes", 1, "--lr", 1e-4], "snapshot-00001"
     rows = len(load_demonstrations(run / "data", "train") if stage == "sft" else load_pairs(run / "data", "train"))
     flags = ["--batch-size", 7, "--micro-batch", 2, "--epochs", 3 / -(-rows // 7), "--lr", 1e-4, "--validations", 3, "--patience", 9]
-    extra = {"sft": [], "rm": ["--folds", 1], "dpo": ["--part", "all"]}[stage]
+    extra = {"sft": [], "rm": ["--folds", 1, "--snapshots"], "dpo": ["--part", "all"]}[stage]
     return flags + extra, "snapshot-00003"
 
 

@@ -120,7 +120,7 @@ def simulate(config: ModelConfig, size: int, prompt: int, response: int, samples
             counted("round", lambda: roll_out(policy, *frozen.values(), prompts, keys, **both))
             batch, lengths = full_batch(minibatch // size, prompt, response), np.full(minibatch, response)
             flags = PpoFlags(lr=1e-6, passes=1, minibatch=minibatch, micro_batch=micro_batch, target_kl=None)
-            step = {"lengths": lengths, "iteration": 0, "lr": 1e-6, "kl_coef": 0.1, "flags": flags, "seed": 0, "world": world}
+            step = {"response_tokens": lengths, "iteration": 0, "lr": 1e-6, "kl_coef": 0.1, "flags": flags, "seed": 0, "world": world}
             counted("optimiser step", lambda: update(policy, optimiser, batch, **step))
         exchanged = {
             "first token": seen["1 tokens"],
