@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,15 +109,21 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
 
 
 def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[BaseException]:
-    """Makes what the pending rows need, bases first, and measures them; returns failures. A worker seldom waits: parents come first."""
-    needed = [(name, seed) for name, seed in pending for name in chosen_rows(name)]
-    needed = sorted(dict.fromkeys(needed), key=lambda task: len(chosen_rows(task[0])))
-    lock, tasks = threading.Lock(), {}
+    """Makes what the pending rows need and measures them; returns failures. A task begins when those that it needs have ended."""
+    rows = dict.fromkeys((name, seed) for name, seed in pending for name in chosen_rows(name))
+    needs: dict = {base_folder(grid, *row): [] for row in rows}  # task, a base's folder or a row with its seed -> tasks
+    needs |= {(name, seed): [base_folder(grid, name, seed), *([(start, seed)] if (start := ROWS[name].start) else [])] for name, seed in rows}
+    row_of, lock = {base_folder(grid, *row): row for row in rows}, threading.Lock()
+    tasks: dict[object, Future] = {}
 
-    def make(name: str, seed: int, parents: list[Future]) -> None:
-        """Makes one row once its parents are made, and measures it where its line is pending."""
-        for parent in parents:
-            parent.result()
+    def begin(task) -> None:
+        """Makes a base, or a row whose base and start are made; raises the failure of those."""
+        for need in needs[task]:
+            tasks[need].result()
+        make_base(grid, *row_of[task]) if task in row_of else make(*task)
+
+    def make(name: str, seed: int) -> None:
+        """Makes one row, and measures it where its line is pending."""
         if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():
             print(f"[ablations] {name}, seed {seed}: started\n", end="", flush=True)
         make_row(grid, name, seed)
@@ -128,15 +134,12 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
             print(f"[ablations] {name}, seed {seed}: finished in {line['time']['train'] + line['time']['eval']:.0f} s\n", end="", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for name, seed in needed:
-            base = base_folder(grid, name, seed)
-            if base not in tasks:
-                tasks[base] = pool.submit(make_base, grid, name, seed)
-        for name, seed in needed:
-            start = ROWS[name].start
-            parents = [tasks[base_folder(grid, name, seed)], *([tasks[start, seed]] if start else [])]
-            tasks[name, seed] = pool.submit(make, name, seed, parents)
         try:
+            while waiting := [task for task in needs if task not in tasks]:
+                for task in waiting:
+                    if all(need in tasks and tasks[need].done() for need in needs[task]):
+                        tasks[task] = pool.submit(begin, task)
+                wait([task for task in tasks.values() if not task.done()], return_when=FIRST_COMPLETED)
             failures = [task.exception() for task in tasks.values()]
         except BaseException:  # Ctrl-C: what runs has had it too, and what waits must not begin
             pool.shutdown(cancel_futures=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
     assert "mpo, seed 1: started" in output and "dpo-easy, seed 1: started" not in output and "what rows share" not in output
     after = lines(folder / "rows.jsonl")
     assert list(map(timeless, after)) == list(map(timeless, before))
+
+
+def test_no_process_waits_for_what_it_does_not_need(tmp_path, monkeypatch):
+    """Two at once: while the second seed's base is made, the first seed's rows are."""
+    order, first_seed_is_made = [], threading.Event()
+
+    def make_base(asked, name, seed):
+        assert seed == 1 or first_seed_is_made.wait(30)
+        order.append(("base", seed))
+
+    def make_row(asked, name, seed):
+        order.append((name, seed))
+        if (name, seed) == ("mpo", 1):
+            first_seed_is_made.set()
+
+    for name, function in (("make_base", make_base), ("make_row", make_row), ("measured", lambda *row: {"time": {"train": 0, "eval": 0}})):
+        monkeypatch.setattr(grid, name, function)
+    asked = grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice"}, None, {})
+    assert grid.run_tasks(asked, [("mpo", 1), ("mpo", 2)], 2) == []
+    assert order == [(name, seed) for seed in (1, 2) for name in ("base", "dpo-easy", "mpo")]
+    assert len(lines(tmp_path / "rows.jsonl")) == 2
 
 
 def test_a_finished_grid_runs_nothing_and_needs_no_folders(made, tmp_path):
