@@ -221,6 +221,10 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         print(f"no true reward: prompts of --test-data need not be ones that {made_with['data']} can judge")
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
+    for name in names:
+        of_training = read_json(folder / name.split("/")[0] / MANIFEST)["parents"].get("rm")
+        if of_training and parent_key(reward_folder) | {"path": of_training["path"]} != of_training:
+            print(f"careful: {name} was trained with another reward model, {of_training['path']}, than {reward_folder}, which judges here")
     questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}

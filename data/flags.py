@@ -7,6 +7,7 @@ A field `kl_coef: float = flag(0.05, "...")` becomes `--kl-coef`; with a prefix 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -25,10 +26,14 @@ def flag(default, help: str, choices: tuple | None = None, positive: bool = Fals
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line, as a UsageError."""
+    """Says what is wrong with the flags in one line, as a UsageError, and which names are close to one that is not known."""
 
     def error(self, message: str):
-        raise UsageError(f"{message}; see --help" + STAGE_NAMES * ("unrecognized" in message))
+        known, hint = self._option_string_actions, ""
+        if "unrecognized" in message:
+            like = [name for word in re.findall(r"--[\w-]+", message) for name in difflib.get_close_matches(word, known, n=2, cutoff=0.75)]
+            hint = STAGE_NAMES * ("--stage" in known) + (f". Did you mean {' or '.join(like)}?" if like else "")
+        raise UsageError(f"{message}; see --help{hint}")
 
 
 def add_flags(parser: argparse.ArgumentParser, group, prefix: str = "") -> None:

@@ -241,6 +241,8 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     model's loss at ln 2; a reward model keeps its own. Raises CheckpointError naming the folder and up to five mismatches; nothing is ever loaded in part.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder / CONFIG}: missing; give a model's own folder, such as runs/mpo/sft or runs/mpo/rm")
     described = read_json(folder / CONFIG)
     is_scalar = any(name.endswith("ForSequenceClassification") for name in described.get("architectures") or [])
     if is_scalar != (kind is ScalarModel) and not new_head:

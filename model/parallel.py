@@ -142,7 +142,7 @@ def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int
         program(arguments)
         return 0
     except KeyboardInterrupt:
-        print(f"error: {rank}interrupted; what train.py had begun goes on with --resume", file=sys.stderr)
+        print(f"error: {rank}interrupted; a stage that was begun goes on with --resume, a grid with the same command", file=sys.stderr)
         return 130
     except Exception as error:
         stopped = error if isinstance(error, Stop) else shortage(error) if is_shortage(error) else lost_contact(error)

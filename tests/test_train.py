@@ -381,6 +381,14 @@ def test_a_chain_reads_with_the_tokenizer_of_a_given_reward_model(chain, tmp_pat
     assert tokenizers_place(run, TokenizerFlags()) == str(chain / "rm")
 
 
+def test_a_comparison_says_that_another_reward_model_judges(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "rm")
+    here("--stage", "rm", "--out", run, "--reward-model", chain / "rm")
+    said = here("--run", run, "--quick", "--models", "ppo,dpo", "--no-distances", program="eval.py")
+    assert said.count("careful: ") == 2 and f"careful: ppo was trained with another reward model, {chain / 'rm'}, than {run / 'rm'}" in said
+    assert "careful: " not in here("--run", copy_of(chain, tmp_path / "same"), "--quick", "--models", "ppo", "--no-distances", program="eval.py")
+
+
 def test_places_are_no_part_of_a_stages_key(chain):
     """The reference spelled out is the reference; another one is another stage."""
     flags = BUDGETS["dpo"]

@@ -68,7 +68,10 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_flag(words, capsys
 
 def test_the_programs_parser_says_it_in_one_line():
     parser = Parser(prog="train.py")
+    parser.add_argument("--stage")
     add_flags(parser, Flags)
+    with pytest.raises(UsageError, match=r"^unrecognized arguments: --dpo-steps 1; see --help.* Did you mean --steps\?$"):
+        parser.parse_args(["--dpo-steps", "1"])
     with pytest.raises(UsageError, match=r"^unrecognized arguments: --dpo-lr 1; see --help. A stage alone takes its flags by their own names"):
         parser.parse_args(["--dpo-lr", "1"])
     with pytest.raises(UsageError, match="^argument --steps: .*; see --help$"):
