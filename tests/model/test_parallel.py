@@ -211,7 +211,7 @@ def test_a_resting_model_has_its_weights_on_the_device_only_while_it_is_asked():
     "error, code, words",
     [
         (NumericalError("wrong"), 5, "error: wrong\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted; what train.py had begun goes on with --resume\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; a stage that was begun goes on with --resume, a grid with the same command\n"),
         (MemoryError("std::bad_alloc"), 6, "error: memory ran out (std::bad_alloc)\nheld by this process:"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 6, "a smaller --micro-batch"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 6, "less of it: "),
