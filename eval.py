@@ -46,7 +46,7 @@ from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, preference_numbers, report_text, share, wins
-from data.run import MANIFEST, open_stage, parent_key
+from data.run import MANIFEST, identity, open_stage, parent_key
 from data.synthetic import WORLDS, best_response, choice_probability, kind, true_reward, well_formed
 from data.tokenizer import Tokenizer
 from model.checkpoint import CONFIG
@@ -221,9 +221,10 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         print(f"no true reward: prompts of --test-data need not be ones that {made_with['data']} can judge")
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
+    judging = identity(parent_key(reward_folder))
     for name in names:
         of_training = read_json(folder / name.split("/")[0] / MANIFEST)["parents"].get("rm")
-        if of_training and parent_key(reward_folder) | {"path": of_training["path"]} != of_training:
+        if of_training and identity(of_training) != judging:
             print(f"careful: {name} was trained with another reward model, {of_training['path']}, than {reward_folder}, which judges here")
     questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
@@ -309,7 +310,7 @@ def reference_folder(folder: Path, name: str) -> Path | None:
         return None
     path = Path(recorded["path"])
     for place in (path, folder / path.name):  # the run may have been moved
-        if weight_files(place) and parent_key(place) | {"path": recorded["path"]} == recorded:
+        if weight_files(place) and identity(parent_key(place)) == identity(recorded):
             return place.resolve()
     raise CheckpointError(f"{path}: the reference of {folder / stage} is gone or was made anew; put it back, or make {stage} again")
 

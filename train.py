@@ -116,8 +116,9 @@ def plan(run: Run, stage: str) -> None:
         config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
         flags = for_size(name, flags, Counts.of(config).model)
         print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))
-        judge = getattr(flags, "reward_model", None) or (run.take("rm", RmFlags).reward_model if run.chain else None)
-        if name == "ppo" and judge and (there := count_parameters(Path(judge))) != (here := Counts.of(config).model):
+        if name != "ppo" or not (judge := flags.reward_model or (run.chain and run.take("rm", RmFlags).reward_model)):
+            continue
+        if (there := count_parameters(Path(judge))) != (here := Counts.of(config).model):
             print(f"careful: reward model and critic are counted above as if they had the policy's {here:,} parameters; those of {judge} have {there:,}")
 
 

@@ -1,9 +1,10 @@
 """The ablation grid as data: named rows, each a set of flags that differ from the defaults and the row whose model it starts from.
 
 A row with --best-of trains nothing: it is SFT's answers, the best of so many as the reward model picks them. Another row without a start
-and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the
-row that it starts from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model, `strong` a reward
-model of other pairs of the world, more of them and hardly noisy. A row has its starting row's flags of data, tokenizer, SFT and reward model. data/grid.py runs rows, data/compare.py compares them.
+and without a flag of PPO is one of DPO, from SFT. Any other is one of PPO: policy and reference are the model of the row that it starts
+from, where its flags do not say otherwise; `sft` is the SFT model of its seed, `start` that row's model, `strong` a reward model that learnt
+from other pairs of the world, more of them and hardly noisy. A row has its starting row's flags of data, tokenizer, SFT and reward model.
+data/grid.py runs rows, data/compare.py compares them.
 """
 
 from collections.abc import Sequence

@@ -192,20 +192,18 @@ def gaps_text(lines: Sequence[dict]) -> str:
 
 
 def reward_models_text(lines: Sequence[dict]) -> str:
-    """The reward model of every setting that has one of its own; "" where there is no such setting."""
+    """The reward model of every setting that has one of its own; "" where there is no such setting. Rows that left the table are left out."""
     of_setting: dict[str, list[dict]] = {}
     for line in lines:
-        flags = ", ".join(f"{flag} {value if isinstance(value, int | float) else 'strong'}" for flag, value in base_flags(line["row"]).items())
-        of_setting.setdefault(flags, []).append(line)
+        if line["row"] in ROWS:
+            of_setting.setdefault(", ".join(f"{flag} {value}" for flag, value in base_flags(line["row"]).items()), []).append(line)
     columns = {
         "right on labels": lambda line: line["reward_model"]["accuracy"],
         "gaps below 1": lambda line: line["reward_model"]["share_of_gaps_below_1"],
         "training pairs disputed": lambda line: line["split"]["disputed"] / sum(line["split"][part] for part in ("easy", "difficult", "dropped")),
     }
-    rows = [
-        [flags or "none", len(one_per_seed(found)), *(over_seeds(one_per_seed(found), value) for value in columns.values())]
-        for flags, found in of_setting.items()
-    ]
+    models = {flags or "none": one_per_seed(found) for flags, found in of_setting.items()}
+    rows = [[flags, len(found), *(over_seeds(found, value) for value in columns.values())] for flags, found in models.items()]
     return "Reward models by the flags that rows share:\n\n" + markdown_table(["flags", "seeds", *columns], rows) if len(rows) > 1 else ""
 
 

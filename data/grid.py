@@ -24,6 +24,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no 
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
+digest_once = cache(weights_digest)  # of a large model, for the keys of many rows
 OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}  # of all stages but those without a network
 
 
@@ -111,16 +113,17 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
 def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[BaseException]:
     """Makes what the pending rows need and measures them; returns failures. A task begins when those that it needs have ended."""
     rows = dict.fromkeys((name, seed) for name, seed in pending for name in chosen_rows(name))
-    needs: dict = {base_folder(grid, *row): [] for row in rows}  # task, a base's folder or a row with its seed -> tasks
-    needs |= {(name, seed): [base_folder(grid, name, seed), *([(start, seed)] if (start := ROWS[name].start) else [])] for name, seed in rows}
-    row_of, lock = {base_folder(grid, *row): row for row in rows}, threading.Lock()
+    base_of, lock = {row: base_folder(grid, *row) for row in rows}, threading.Lock()
+    needs: dict = {base: [] for base in base_of.values()}  # task, a base's folder or a row with its seed -> tasks
+    needs |= {(name, seed): [base, *([(start, seed)] if (start := ROWS[name].start) else [])] for (name, seed), base in base_of.items()}
+    makers = {base: partial(make_base, grid, *row) for row, base in base_of.items()}
     tasks: dict[object, Future] = {}
 
     def begin(task) -> None:
         """Makes a base, or a row whose base and start are made; raises the failure of those."""
         for need in needs[task]:
             tasks[need].result()
-        make_base(grid, *row_of[task]) if task in row_of else make(*task)
+        makers[task]() if task in makers else make(*task)
 
     def make(name: str, seed: int) -> None:
         """Makes one row, and measures it where its line is pending."""
@@ -190,7 +193,7 @@ def keyed(flags: dict[str, object]) -> dict[str, object]:
     def entry(flag: str, value):
         if (flag, value) in STRONGLY.items():
             return STRONG
-        return weights_digest(Path(value)) if flag in FOLDERS else content(value)
+        return digest_once(value) if flag in FOLDERS else content(value)
 
     return {flag: entry(flag, value) for flag, value in flags.items()}
 

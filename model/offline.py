@@ -108,7 +108,9 @@ def check_rm(run: Run, flags: RmFlags) -> None:
     if typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"}):
         raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {given}; leave one of them out")
     open_model(Path(given), ScalarModel)
-    place = Path(tokenizers_place(run, run.take("tokenizer", TokenizerFlags)) if run.chain else given)
+    if not run.chain:  # whose tokenizer is there, and is looked at by the stage
+        return
+    place = Path(tokenizers_place(run, run.take("tokenizer", TokenizerFlags)))
     if digest(tokenizer_file(given)) != digest(tokenizer_file(place) if place.is_dir() else place):
         raise CheckpointError(f"--reward-model {given}: its tokenizer is not that of {place}; give models of one tokenizer")
 

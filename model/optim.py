@@ -20,8 +20,8 @@ BY_SIZE = {
 
 
 def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside the layers decay: small embeddings and
-    output rows would leave some probability to every token of the vocabulary."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside
+    the layers decay: small embeddings and output rows would leave some probability to every token of the vocabulary."""
     decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

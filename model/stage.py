@@ -149,6 +149,7 @@ class Text:
             self.save_tokenizer(folder)
 
     def save_tokenizer(self, folder: Path) -> None:
+        """The run's tokenizer beside a model, as this program and transformers read it."""
         atomic_write(folder / "tokenizer.model", self.path.read_bytes())
         write_json(folder / "tokenizer_config.json", self.tokenizer.transformers_config())
 

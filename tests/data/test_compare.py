@@ -179,7 +179,7 @@ def test_reward_models_are_shown_by_what_they_learnt_from():
         ["--rm-reward-model strong", "1", "0.80", "0.60", "0.25"],
         ["--flip-rate 0.2", "1", "0.70", "0.60", "0.25"],
     ]
-    assert reward_models_text(LINES) == ""
+    assert reward_models_text(LINES) == "" == reward_models_text([*LINES, LINES[0] | {"row": "of-an-older-table"}])
 
 
 def test_marks_count_seeds_once():
