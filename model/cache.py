@@ -1,7 +1,8 @@
 """Keys and values of the tokens that generation has read: a plain object handed to `forward`, never part of a model's weights.
 
 The first call prefills right-padded prompts. Each later call adds one token per row at that row's own next slot, which overwrites the
-row's padding: rows of different lengths stay in one rectangle and come out in the layout that training uses.
+row's padding: rows of different lengths stay in one rectangle and come out in the layout that training uses. Keys are held with their
+tokens last, so that the product with a single query reads them in order.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 class Cache:
-    """keys and values: one (B, K, S, E) tensor per layer; lengths (B,): how many tokens of each row are held."""
+    """keys: one (B, K, E, S) tensor per layer; values: one (B, K, S, E); lengths (B,): how many tokens of each row are held."""
 
     def __init__(self, prompt_lengths: Tensor, slots: int):
         """prompt_lengths (B,): real tokens in the prompts that the first call will bring; slots: S, prompt and response together."""
@@ -20,19 +21,21 @@ class Cache:
         self.values: list[Tensor] = []
         self.longest = 0  # max(lengths), known without asking the device
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores one layer's new key and value (B, K, T, E); returns what to attend to and the mask (None: causal within the call)."""
-        if layer == len(self.keys):  # prefill: rows start at 0, causal attention within the call
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Stores one layer's new key and value (B, K, T, E). Returns what a decoded token attends to, keys (B, K, E, S), values (B, K, S, E) and
+        which of them each row may see (B, S); None for prompts, whose tokens attend to one another."""
+        if layer == len(self.keys):
             rows, kv_heads, length, head_size = key.shape
-            for store, new in ((self.keys, key), (self.values, value)):
-                store.append(new.new_zeros(rows, kv_heads, self.slots, head_size))
-                store[layer][:, :, :length] = new
-            return key, value, None
-        rows = torch.arange(len(key), device=key.device)
-        self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
+            self.keys.append(key.new_zeros(rows, kv_heads, head_size, self.slots))
+            self.values.append(value.new_zeros(rows, kv_heads, self.slots, head_size))
+            self.keys[layer][..., :length] = key.transpose(2, 3)
+            self.values[layer][:, :, :length] = value
+            return None
+        rows, held = torch.arange(len(key), device=key.device), self.longest + 1
+        self.keys[layer][rows, :, :, self.lengths] = key[:, :, 0]
         self.values[layer][rows, :, self.lengths] = value[:, :, 0]
-        visible = torch.arange(self.longest + 1, device=key.device) <= self.lengths[:, None]
-        return self.keys[layer][:, :, : self.longest + 1], self.values[layer][:, :, : self.longest + 1], visible[:, None, None]
+        visible = torch.arange(held, device=key.device) <= self.lengths[:, None]
+        return self.keys[layer][..., :held], self.values[layer][:, :, :held], visible
 
     def advance(self) -> None:
         """Counts the tokens of the call that just went through all layers."""

@@ -51,6 +51,7 @@ class Job:
     own_critic: bool = False
     world: int = 1
     bf16: bool = False
+    on_cpu: bool = False  # whose attention is in fp32, under bf16, too
     fsdp: bool = False
     checkpoint: bool = False
     offload: bool = False
@@ -93,7 +94,7 @@ def plan_job(stage: str, config: ModelConfig, flags, device, limits, world: int)
         stage, config, limits.max_prompt, limits.max_response,
         batch=getattr(flags, "minibatch", None) or flags.batch_size, micro_batch=flags.micro_batch, samples=sampled,
         passes=getattr(flags, "passes", 1), own_critic=getattr(flags, "critic", "") == "separate", world=world,
-        bf16=device.dtype == "bf16", fsdp=device.parallel == "fsdp" and world > 1, checkpoint=device.checkpoint_activations,
+        bf16=device.dtype == "bf16", on_cpu=device.device == "cpu", fsdp=device.parallel == "fsdp" and world > 1, checkpoint=device.checkpoint_activations,
         offload=device.offload and stage != "sft",
     )  # fmt: skip
 
@@ -191,8 +192,10 @@ def of_frozen(name: str, parameters: int, job: Job, counts: Counts) -> list[Line
 def layer_bytes(job: Job) -> float:
     """What one layer keeps of one token for the backward pass."""
     c, a = job.config, 2 if job.bf16 else 4
+    keys = c.kv_heads * c.head_size
     mask = a * job.row if job.stage in ("rm", "dpo") else 0  # a packed pair's, as numbers
-    return 4 * 4 * c.width + a * (5 * c.width + 3 * c.kv_heads * c.head_size + 4 * c.feed_forward) + 4 * c.heads + 8 + mask
+    twice = 2 * (3 * c.width + 2 * keys) + mask if job.bf16 and job.on_cpu else 0  # attention's part in fp32, and its result in bf16, too
+    return 4 * 4 * c.width + a * (5 * c.width + 3 * keys + 4 * c.feed_forward) + 4 * c.heads + 8 + mask + twice
 
 
 def of_update(job: Job) -> list[Line]:

@@ -99,6 +99,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """One query per row: softmax(q k / sqrt(E)) v over the visible (B, S) of keys (B, K, E, S) and values (B, K, S, E); query and result
+    (B, H, 1, E). Two products are faster here than torch's kernel, which is made for many queries (tests/results/speed.md)."""
+    grouped = query.reshape(*values.shape[:2], -1, query.shape[3])  # (B, K, H / K, E): the queries that share a key-value head
+    scores = (grouped @ keys).float() * query.shape[3] ** -0.5
+    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(dim=-1)
+    return (weights.to(values.dtype) @ values).reshape(query.shape)
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the N real tokens of a padded batch (B, T) are: their numbers in the flattened batch (N,), and its shape."""
@@ -139,13 +148,17 @@ class Attention(nn.Module):
         may see. A cache that holds tokens already means decoding: T is 1 and each row attends to what it holds."""
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x) if places is None else places.spread(self.qkv(x))
+        if cache is None and qkv.device.type == "cpu":
+            qkv = qkv.float()  # under bf16, too: torch's attention on CPUs takes up to twice as long in it (tests/results/speed.md)
         qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
-        if cache is not None:
-            key, value, mask = cache.update(layer, key, value)
-        grouped = heads != kv_heads
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        held = None if cache is None else cache.update(layer, key, value)
+        with torch.autocast(qkv.device.type, enabled=False):
+            if held is None:
+                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+            else:
+                mixed = attend_to_cache(query, *held)
         mixed = mixed.transpose(1, 2).flatten(2)
         return self.output(mixed if places is None else places.gather(mixed))
 

@@ -149,6 +149,8 @@ MUTATIONS = [
          "response_lengths[rows] += 1", "response_lengths[rows] += (chosen[going] != eos_id).long()", GENERATE),
         ("cache: rows that ended stay at another's place", "model/cache.py",
          "self.lengths = self.lengths[rows]", "self.lengths = self.lengths[: len(rows)]", GENERATE),
+        ("cache: every slot is visible", "model/transformer.py", ".masked_fill(~visible[:, None, None], -math.inf)", "", GENERATE),
+        ("cache: scores are not scaled", "model/transformer.py", "(grouped @ keys).float() * query.shape[3] ** -0.5", "(grouped @ keys).float()", GENERATE),
         ("cache: one column too few", "model/cache.py", "<= self.lengths[:, None]", "< self.lengths[:, None]", GENERATE),
         ("rotary: halves swapped", "model/transformer.py",
          "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)", "tests/model/test_transformer.py"),

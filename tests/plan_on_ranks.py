@@ -36,7 +36,7 @@ def measured(parallel: str, dtype: str, batch: int) -> tuple[int, float]:
             train_step(model, sft_objective(PAD, CPU, False), ROWS[:batch], 4, world)
             clipped_step(model, optimiser, 1e-3, 1.0, "")
             peak.most = 0 if not step else peak.most
-    job = Job("sft", SIZES["mini"], 40, 20, batch, 4, world=2, bf16=dtype == "bf16", fsdp=parallel == "fsdp", checkpoint=batch > 8)
+    job = Job("sft", SIZES["mini"], 40, 20, batch, 4, world=2, bf16=dtype == "bf16", on_cpu=True, fsdp=parallel == "fsdp", checkpoint=batch > 8)
     return peak.most, need(memory(job))["update"]
 
 

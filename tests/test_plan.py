@@ -78,7 +78,7 @@ def test_the_plan_is_what_a_real_run_holds(run, tmp_path, stage, extra):
         here("--stage", stage, "--out", copy, *as_typed(given | own))
     flags = STAGE_FLAGS[stage][0](**given)
     config, pairs = planned_config(None, str(run / "sft"), ""), load_pairs(run / "data", "validation")
-    job = plan_job(stage, config, flags, DeviceFlags(**own), DataFlags(**longest(run)), 1)
+    job = plan_job(stage, config, flags, DeviceFlags(device="cpu", **own), DataFlags(**longest(run)), 1)
     if stage == "dpo":
         job = replace(job, samples=len(pairs))
     expected = need(memory(job))

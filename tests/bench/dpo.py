@@ -1,13 +1,14 @@
 """A DPO step beside TRL's DPOTrainer: same weights, same tokens, same optimiser, in turn.
 
     pip install -r tests/bench/requirements.txt
-    python tests/bench/dpo.py [--repeats 5] [--pairs 16] [--prompt 96] [--response 64] [--threads N]
+    python tests/bench/dpo.py [--repeats 5] [--pairs 16] [--prompt 96] [--response 64] [--dtype fp32] [--threads N]
+    python tests/bench/dpo.py --device cuda --dtype bf16 --size 1b       # needs 55 GB: both sides train a model of 1.1B parameters
 
-A LLaMA of 8.4M parameters, random ids, prompts of a third of --prompt to all of it tokens, responses likewise. Measured twice: the
-reference read at every step on both sides, and its log-probabilities known beforehand on both. The losses of the first two steps must
-agree before anything is timed. Prints medians, tokens per second with the prompt counted twice on both sides (ours reads it once:
-packing.py measures what that is worth), the median of the paired ratios, and what two steps of each side, in a process of its own, add to
-the memory that the process had with everything imported.
+A LLaMA of 8.4M parameters, or one of the program's sizes, random ids, prompts of a third of --prompt to all of it tokens, responses likewise. Measured twice: the
+reference read at every step on both sides, and its log-probabilities known beforehand on both. bf16 is autocast on both sides, with fp32
+weights. The losses of the first two steps must agree before anything is timed. Prints medians, tokens per second with the prompt counted
+twice on both sides (ours reads it once: packing.py measures what that is worth), the median of the paired ratios, and what two steps of
+each side, in a process of its own, add to the memory that the process had with everything imported.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,9 +38,9 @@ from model.fit import train_step  # noqa: E402
 from model.heads import LanguageModel  # noqa: E402
 from model.objectives import preference_objective  # noqa: E402
 from model.optim import clipped_step, make_optimiser  # noqa: E402
-from model.parallel import ALONE  # noqa: E402
+from model.parallel import ALONE, World, distribute  # noqa: E402
 from model.score import reference_logps  # noqa: E402
-from model.transformer import ModelConfig, initialise  # noqa: E402
+from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
 
 CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 3}
@@ -48,16 +50,16 @@ BETA, LR = 0.1, 1e-5
 class Ours:
     """Our step on some pairs; known: the reference's log-probabilities are there already."""
 
-    def __init__(self, policy: LanguageModel, ref: LanguageModel, known: bool):
-        self.model, self.ref, self.known, self.logps = policy, ref, known, None
+    def __init__(self, policy: LanguageModel, ref: LanguageModel, known: bool, world: World):
+        self.model, self.ref, self.known, self.logps, self.world = policy, ref, known, None, world
         self.optimiser = make_optimiser(policy, LR, 0.0)
 
     def step(self, pairs: list[PairRow]) -> float:
         if self.logps is None or not self.known:
-            self.logps = {pair.id: tuple(row) for pair, row in zip(pairs, reference_logps(self.ref, pairs, 3, ALONE).tolist(), strict=True)}
+            self.logps = {pair.id: tuple(row) for pair, row in zip(pairs, reference_logps(self.ref, pairs, 3, self.world).tolist(), strict=True)}
         self.model.train()
-        objective = preference_objective(lambda p: dpo(p, beta=BETA), BETA, self.logps, 3, ALONE.device)
-        loss = train_step(self.model, objective, pairs, 8, ALONE)["loss"]
+        objective = preference_objective(lambda p: dpo(p, beta=BETA), BETA, self.logps, 3, self.world.device)
+        loss = train_step(self.model, objective, pairs, 8, self.world)["loss"]
         clipped_step(self.model, self.optimiser, LR, 1.0, "here")
         return loss
 
@@ -72,12 +74,12 @@ class Prepared(DPOTrainer):
 class Theirs:
     """TRL's training step, clipping and optimiser on the same pairs."""
 
-    def __init__(self, policy: Path, ref: Path, pairs: list[PairRow], known: bool, folder: str):
+    def __init__(self, policy: Path, ref: Path, pairs: list[PairRow], known: bool, world: World, folder: str):
         rows = [{"prompt_ids": list(p.chosen.prompt), "chosen_ids": list(p.chosen.response), "rejected_ids": list(p.rejected.response)} for p in pairs]
         words = Tokenizer(WordLevel({f"w{i}": i for i in range(CONFIG.vocab_size)}, unk_token="w0"))
         settings = DPOConfig(
-            folder, per_device_train_batch_size=len(pairs), learning_rate=LR, beta=BETA, weight_decay=0.0, adam_beta2=0.99, bf16=False,
-            report_to=[], optim="adamw_torch_fused", precompute_ref_log_probs=known, gradient_checkpointing=False, use_cpu=True,
+            folder, per_device_train_batch_size=len(pairs), learning_rate=LR, beta=BETA, weight_decay=0.0, adam_beta2=0.99, bf16=world.dtype == torch.bfloat16,
+            report_to=[], optim="adamw_torch_fused", precompute_ref_log_probs=known, gradient_checkpointing=False, use_cpu=world.device.type == "cpu",
         )  # fmt: skip
         self.trainer = Prepared(
             LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32), LlamaForCausalLM.from_pretrained(ref, dtype=torch.float32),
@@ -99,42 +101,47 @@ class Theirs:
 def timed(side, pairs: list[PairRow]) -> float:
     began = time.perf_counter()
     side.step(pairs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def make_models(folder: Path) -> None:
+def make_models(folder: Path, config: ModelConfig) -> None:
     """Policy and reference, in folders 0 and 1."""
     for seed in range(2):
-        model = LanguageModel(CONFIG)
+        model = LanguageModel(config)
         initialise(model, seed)
         save_model(model, folder / str(seed), special_ids=IDS, is_main=True)
 
 
-def make_side(name: str, folder: Path, pairs: list[PairRow], known: bool):
+def make_side(name: str, folder: Path, pairs: list[PairRow], known: bool, world: World):
     if name == "ours":
-        return Ours(*(load_model(folder / seed, LanguageModel) for seed in "01"), known)
-    return Theirs(folder / "0", folder / "1", pairs, known, str(folder))
+        policy, ref = (load_model(folder / seed, LanguageModel) for seed in "01")
+        return Ours(distribute(policy, world), distribute(ref, world, frozen=True), known, world)
+    return Theirs(folder / "0", folder / "1", pairs, known, world, str(folder))
 
 
-def compare(pairs: list[PairRow], known: bool, repeats: int) -> tuple[float, float, float]:
+def compare(pairs: list[PairRow], known: bool, config: ModelConfig, world: World, repeats: int) -> tuple[float, float, float]:
     """Median seconds of our step and of theirs, and the median of their paired ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder))
-        ours, theirs = (make_side(name, Path(folder), pairs, known) for name in ("ours", "TRL"))
+        make_models(Path(folder), config)
+        ours, theirs = (make_side(name, Path(folder), pairs, known, world) for name in ("ours", "TRL"))
         for _ in range(2):
             losses = ours.step(pairs), theirs.step(pairs)
-            assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), losses
+            assert abs(losses[0] - losses[1]) < (1e-4 if world.dtype == torch.float32 else 0.05) * abs(losses[1]), losses
         times = [(timed(ours, pairs), timed(theirs, pairs)) for _ in range(repeats)]
     return *(statistics.median(column) for column in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
 
 
-def memory_of(name: str, folder: Path, pairs: list[PairRow]) -> float:
+def memory_of(name: str, folder: Path, pairs: list[PairRow], world: World) -> float:
     """GiB that two steps of one side add to this process; meant for a process that does nothing else."""
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest so far begins again at what there is now
     before = kib("VmRSS")
-    side = make_side(name, folder, pairs, known=False)
+    side = make_side(name, folder, pairs, known=False, world=world)
     for _ in range(2):
         side.step(pairs)
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return (kib("VmHWM") - before) / 2**20
 
 
@@ -149,25 +156,29 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=96)
     parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", choices=("small", "base", "1b"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a side, and where the models lie: this script's own children
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    pairs, rows = random_pairs(flags.pairs, flags.prompt, flags.response), []
+    pairs, rows, config = random_pairs(flags.pairs, flags.prompt, flags.response), [], SIZES[flags.size] if flags.size else CONFIG
+    world = replace(ALONE, device=torch.device(flags.device), dtype=torch.bfloat16 if flags.dtype == "bf16" else torch.float32)
     if flags.memory_of:
-        print(memory_of(flags.memory_of[0], Path(flags.memory_of[1]), pairs))
+        print(memory_of(flags.memory_of[0], Path(flags.memory_of[1]), pairs, world))
         return
     tokens = sum(pair.chosen.length + pair.rejected.length for pair in pairs)
     for known in (False, True):
-        ours, theirs, ratio = compare(pairs, known, flags.repeats)
+        ours, theirs, ratio = compare(pairs, known, config, world, flags.repeats)
         name = "known beforehand" if known else "read at every step"
         rows.append((name, f"{tokens / ours:.0f}", f"{tokens / theirs:.0f}", f"{ratio:.2f}"))
-    print(f"{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {torch.get_num_threads()} threads, fp32\n")
+    print(f"{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {torch.get_num_threads()} threads, {flags.size or '8.4M parameters'}, {flags.dtype}, {flags.device}\n")
     print(markdown_table(["reference", "ours, tokens/s", "TRL, tokens/s", "ratio"], rows))
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder))
-        asked = ["--pairs", str(flags.pairs), "--prompt", str(flags.prompt), "--response", str(flags.response)]
+        make_models(Path(folder), config)
+        asked = ["--pairs", str(flags.pairs), "--prompt", str(flags.prompt), "--response", str(flags.response), "--dtype", flags.dtype, "--device", flags.device]
         ours, theirs = (
             float(subprocess.run([sys.executable, __file__, *asked, "--memory-of", name, folder], check=True, capture_output=True).stdout.split()[-1])
             for name in ("ours", "TRL")

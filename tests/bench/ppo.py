@@ -1,11 +1,13 @@
 """A PPO iteration beside the last TRL that had a PPO trainer: same weights, same prompts, same settings, in turn.
 
     pip install -r tests/bench/requirements-ppo.txt        # in an environment of its own: dpo.py wants a later TRL
-    python tests/bench/ppo.py [--repeats 5] [--episodes 64] [--prompt 64] [--response 64] [--passes 4] [--micro-batch 16] [--threads N]
+    python tests/bench/ppo.py [--repeats 5] [--episodes 64] [--prompt 64] [--response 64] [--passes 4] [--micro-batch 16] [--dtype fp32] [--threads N]
+    python tests/bench/ppo.py --device cuda --dtype bf16 --size 1b --no-trunk       # needs 100 GB
 
-A LLaMA of 8.4M parameters as policy, reference, reward model and critic; responses never end early. Each pass is one optimiser step on all
-responses, so that their order plays no part: on the responses of TRL's first iteration our scores, KL and losses must be TRL's before
-anything is timed. Prints medians, episodes per second, the median of the paired ratios, and where our time goes.
+A LLaMA of 8.4M parameters, or one of the program's sizes, as policy, reference, reward model and critic; responses never end early. Each pass
+is one optimiser step on all responses, so that their order plays no part: on the responses of TRL's first iteration our scores, KL and losses
+must be TRL's before anything is timed (in bf16, which is autocast on both sides, they are printed only: our log-probabilities are taken in
+fp32). Prints medians, episodes per second, the median of the paired ratios, and where our time goes.
 """
 
 import argparse
@@ -33,8 +35,8 @@ from model.checkpoint import load_model, save_model  # noqa: E402
 from model.generate import Responses  # noqa: E402
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
 from model.optim import make_optimiser  # noqa: E402
-from model.parallel import ALONE  # noqa: E402
-from model.transformer import ModelConfig, initialise  # noqa: E402
+from model.parallel import ALONE, World, distribute  # noqa: E402
+from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
 from rl.ppo import PpoFlags, make_batch, update  # noqa: E402
 from rl.rollout import Sampling, roll_out  # noqa: E402
 
@@ -46,11 +48,12 @@ NEVER, LR = -1, 1e-5  # an end token that no row draws
 class Ours:
     """Our iterations on one batch of prompts; separate: with a critic of its own, as TRL has."""
 
-    def __init__(self, folder: Path, prompts: list[list[int]], flags: PpoFlags, response: int):
-        self.prompts, self.flags, self.count = prompts, flags, 0
+    def __init__(self, folder: Path, prompts: list[list[int]], flags: PpoFlags, response: int, world: World):
+        self.prompts, self.flags, self.count, self.world = prompts, flags, 0, world
         self.critic = load_model(folder / "reward", ScalarModel) if flags.critic == "separate" else None
-        self.model = PolicyWithCritic(load_model(folder / "policy", LanguageModel), self.critic)
-        self.ref, self.reward_model = load_model(folder / "reference", LanguageModel).eval(), load_model(folder / "reward", ScalarModel).eval()
+        self.model = distribute(PolicyWithCritic(load_model(folder / "policy", LanguageModel), self.critic), world)
+        frozen = load_model(folder / "reference", LanguageModel), load_model(folder / "reward", ScalarModel)
+        self.ref, self.reward_model = (distribute(model, world, frozen=True).eval() for model in frozen)
         self.optimiser = make_optimiser(self.model, LR, 0.0)
         self.sampling = Sampling(response, 1.0, 0.0, NEVER, IDS["pad_id"], 0.0, 1.0)
         self.seconds: dict[str, float] = {}
@@ -59,13 +62,13 @@ class Ours:
         """Samples, looks, updates; the numbers that TRL reports, too."""
         rollout, seconds = roll_out(
             self.model, self.ref, self.reward_model, self.prompts, range(len(self.prompts)),
-            seed=0, step=self.count, sampling=self.sampling, micro_batch=self.flags.micro_batch, world=ALONE,
+            seed=0, step=self.count, sampling=self.sampling, micro_batch=self.flags.micro_batch, world=self.world,
         )  # fmt: skip
-        batch, began = make_batch(rollout, self.flags.kl_coef, self.flags, ALONE), time.perf_counter()
+        batch, began = make_batch(rollout, self.flags.kl_coef, self.flags, self.world), time.perf_counter()
         lengths = rollout.mask.sum(dim=1).numpy()
         numbers = update(
             self.model, self.optimiser, batch,
-            response_tokens=lengths, iteration=self.count, lr=LR, kl_coef=self.flags.kl_coef, flags=self.flags, seed=0, world=ALONE,
+            response_tokens=lengths, iteration=self.count, lr=LR, kl_coef=self.flags.kl_coef, flags=self.flags, seed=0, world=self.world,
         )  # fmt: skip
         self.count += 1
         for name, value in (seconds | {"update": time.perf_counter() - began}).items():
@@ -74,23 +77,31 @@ class Ours:
         return numbers | {"score": float(rollout.scores.mean()), "kl": float(rollout.kl.sum(dim=1).mean())}
 
 
+def wait(world: World) -> None:
+    """Until a GPU has done what it was given."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class InTurn(TrainerCallback):
     """After each of TRL's iterations one of each of ours; the first is compared and not timed."""
 
-    def __init__(self, ours: dict[str, Ours], drawn: list[torch.Tensor]):
-        self.ours, self.drawn, self.times, self.reported = ours, drawn, [], {}
+    def __init__(self, ours: dict[str, Ours], drawn: list[torch.Tensor], world: World):
+        self.ours, self.drawn, self.world, self.times, self.reported = ours, drawn, world, [], {}
         self.began = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **rest):
         self.reported = logs
 
     def on_step_end(self, args, state, control, **rest):
+        wait(self.world)
         seconds = {"TRL": time.perf_counter() - self.began}
         if not self.times:
             self.compare()
         for name, side in self.ours.items():
             began = time.perf_counter()
             side.iteration()
+            wait(side.world)
             seconds[name] = time.perf_counter() - began
         self.times.append(seconds)
         self.began = time.perf_counter()
@@ -107,7 +118,8 @@ class InTurn(TrainerCallback):
         names = {"score": "objective/scores", "kl": "objective/kl", "policy_loss": "loss/policy_avg", "value_loss": "loss/value_avg"}
         pairs = {name: (mine[name], float(self.reported[their])) for name, their in names.items()}
         print(", ".join(f"{name} {a:.5f} ({b:.5f})" for name, (a, b) in pairs.items()))
-        assert all(abs(a - b) < 1e-4 + 3e-3 * abs(b) for a, b in pairs.values()), pairs  # TRL's variance of advantages divides by n - 1
+        checked = list(pairs.values()) if side.world.dtype == torch.float32 else []
+        assert all(abs(a - b) < 1e-4 + 3e-3 * abs(b) for a, b in checked), pairs  # TRL's variance of advantages divides by n - 1
 
 
 def trainer(folder: Path, prompts: list[list[int]], flags: argparse.Namespace, in_turn: InTurn) -> PPOTrainer:
@@ -118,7 +130,7 @@ def trainer(folder: Path, prompts: list[list[int]], flags: argparse.Namespace, i
         local_rollout_forward_batch_size=flags.episodes, num_mini_batches=1, num_ppo_epochs=flags.passes, response_length=flags.response,
         total_episodes=flags.episodes * (flags.repeats + 1), num_sample_generations=0, kl_coef=0.1, vf_coef=0.1, cliprange=0.2,
         cliprange_value=0.2, gamma=1.0, lam=0.95, temperature=1.0, missing_eos_penalty=None, stop_token=None, learning_rate=LR,
-        lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.99, optim="adamw_torch_fused", report_to=[], bf16=False, use_cpu=True,
+        lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.99, optim="adamw_torch_fused", report_to=[], bf16=flags.dtype == "bf16", use_cpu=flags.device == "cpu",
         logging_steps=1, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     rows = [{"input_ids": prompt} for prompt in prompts] * (flags.repeats + 2)  # on the last batch of a data set it would step at every micro-batch
@@ -134,28 +146,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("repeats", 5), ("episodes", 64), ("prompt", 64), ("response", 64), ("passes", 4), ("micro-batch", 16), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", choices=("small", "base", "1b"))
+    parser.add_argument("--no-trunk", action="store_true", help="leave out ours with the critic on the trunk")
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
     prompts = torch.randint(4, VOCAB, (flags.episodes, flags.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    world = dataclasses.replace(ALONE, device=torch.device(flags.device), dtype=torch.bfloat16 if flags.dtype == "bf16" else torch.float32)
     own = PpoFlags(lr=LR, passes=flags.passes, minibatch=flags.episodes, micro_batch=flags.micro_batch, value_coef=0.1, clip=1e9)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for seed, (name, kind) in enumerate({"policy": LanguageModel, "reference": LanguageModel, "reward": ScalarModel}.items()):
-            model = kind(CONFIG)
+            model = kind(SIZES[flags.size] if flags.size else CONFIG)
             initialise(model, seed)
             save_model(model, folder / name, special_ids=IDS, is_main=True)
-        critics = {"separate critic": "separate", "critic on the trunk": "trunk"}
-        ours = {name: Ours(folder, prompts, dataclasses.replace(own, critic=critic), flags.response) for name, critic in critics.items()}
+        critics = {"separate critic": "separate"} | ({} if flags.no_trunk else {"critic on the trunk": "trunk"})
+        ours = {name: Ours(folder, prompts, dataclasses.replace(own, critic=critic), flags.response, world) for name, critic in critics.items()}
         drawn, plain = [], theirs.batch_generation
         theirs.batch_generation = lambda *arguments: drawn.append((made := plain(*arguments))[0].clone()) or made
-        in_turn = InTurn(ours, drawn)
+        in_turn = InTurn(ours, drawn, world)
         trainer(folder, prompts, flags, in_turn).train()
     times, rows = in_turn.times[1:], []
     for name in ("TRL", *ours):
         median = statistics.median(seconds[name] for seconds in times)
         rows.append((name, f"{median:.2f}", f"{flags.episodes / median:.2f}", f"{statistics.median(s['TRL'] / s[name] for s in times):.2f}"))
-    print(f"{flags.episodes} episodes of {flags.prompt}+{flags.response} tokens, {flags.passes} passes, {torch.get_num_threads()} threads, fp32\n")
+    print(f"{flags.episodes} episodes of {flags.prompt}+{flags.response} tokens, {flags.passes} passes, {torch.get_num_threads()} threads, {flags.size or '8.4M parameters'}, {flags.dtype}, {flags.device}\n")
     print(markdown_table(["", "seconds", "episodes/s", "ratio"], rows))
     for name, side in ours.items():
         whole = sum(side.seconds.values())

@@ -1,0 +1,203 @@
+"""What each shortcut is worth: the same work with it and without it, in turn.
+
+    python tests/bench/shortcuts.py [--repeats 5] [--threads N] [--only WORD]
+
+A model of 8 layers of width 256, vocabulary 4096, 16 rows of 64+64 random tokens where nothing else is said; training is forward and backward
+of the responses' log-probability. Both ways must give the same number before anything is timed. Prints medians, the median of the paired
+ratios, and the largest sum of bytes of tensors that live at one time, those of the weights not among them. packing.py measures sharing the
+prompt and leaving out padding, dpo.py what knowing the reference beforehand saves, ppo.py the rest of an iteration.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from peak import Peak  # noqa: E402
+
+from data.report import markdown_table  # noqa: E402
+from losses.logprobs import log_probs  # noqa: E402
+from model.generate import generate  # noqa: E402
+from model.heads import LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
+from model.optim import make_optimiser  # noqa: E402
+from model.transformer import ModelConfig, initialise  # noqa: E402
+
+CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
+NARROW, WIDE = replace(CONFIG, width=128, layers=4, heads=4, kv_heads=4, feed_forward=352), replace(CONFIG, width=512, feed_forward=1408)
+ROWS, PROMPT, RESPONSE, END = 16, 64, 64, 2
+BATCHES = 4  # of different lengths, where lengths vary
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """Both ways of doing something; each returns a number that must be the other's within `tolerance`, relatively."""
+
+    name: str
+    taken: Callable[[], float]
+    left: Callable[[], float]
+    tolerance: float = 1e-4
+    memory: bool = True  # counted; not inside compiled code, which runs no operations that could be seen
+
+
+def fresh(kind: type[nn.Module], config: ModelConfig = CONFIG) -> nn.Module:
+    model = kind(config)
+    initialise(model, 0)
+    return model
+
+
+def batch(seed: int = 0, varied: bool = False) -> tuple[Tensor, Tensor]:
+    """Tokens and the mask of responses (B, T), of one length, or responses of a third of it to all of it."""
+    numbers = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, CONFIG.vocab_size, (ROWS, PROMPT + RESPONSE), generator=numbers)
+    lengths = torch.randint(RESPONSE // 3, RESPONSE + 1, (ROWS,), generator=numbers) if varied else torch.full((ROWS,), RESPONSE)
+    columns = torch.arange(tokens.shape[1])
+    return tokens, (columns >= PROMPT) & (columns < PROMPT + lengths[:, None])
+
+
+def of_responses(model: LanguageModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    return model(tokens, mask).logp.sum()
+
+
+def of_everything(model: LanguageModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The same by the logits of all tokens."""
+    logps = log_probs(model(tokens)[:, :-1]).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    return (logps * mask[:, 1:]).sum()
+
+
+def training(config: ModelConfig = CONFIG, *, read=of_responses, chunk=4096, compiled=False, varied=False, again=False, bf16=False):
+    model = fresh(LanguageModel, config)
+    model.trunk.checkpoint_activations = again
+    if compiled:
+        for layer in model.trunk.layers:
+            layer.compile()
+    batches = [batch(seed, varied) for seed in range(BATCHES if varied else 1)]
+
+    def work() -> float:
+        total = 0.0
+        for tokens, mask in batches:
+            with patch("model.heads.CHUNK", chunk), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logp = read(model, tokens, mask)
+            logp.backward()
+            total += float(logp.detach())
+        model.zero_grad()
+        return total
+
+    return work
+
+
+def with_values(separate: bool):
+    model = PolicyWithCritic(fresh(LanguageModel), fresh(ScalarModel) if separate else None)
+    tokens, mask = batch()
+
+    def work() -> float:
+        scores = model(tokens, mask)
+        (scores.logp.sum() + scores.values.sum()).backward()
+        model.zero_grad()
+        return float(scores.logp.detach().sum())
+
+    return work
+
+
+def optimising(fused: bool):
+    model = fresh(LanguageModel)
+    optimiser = make_optimiser(model, 1e-4, 0.0)
+    for group in optimiser.param_groups:
+        group.update(fused=fused, foreach=not fused)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+
+    def work() -> float:
+        optimiser.step()
+        return float(sum(parameter.detach().sum() for parameter in model.parameters()))
+
+    return work
+
+
+def decoding(rows: int = 64, *, cached=True, ends=False):
+    """Greedy responses; ends: in mean after a quarter of the limit, as a uniform number of 0 says in place of the model."""
+    model = fresh(LanguageModel).eval()
+    prompts = batch()[0][:, :PROMPT].repeat(rows // ROWS, 1)
+    lengths = np.random.default_rng(0).geometric(4 / RESPONSE, rows)
+    going = (np.arange(RESPONSE) + 1 < lengths[:, None]).astype(np.float64)
+
+    def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+        return torch.where(uniforms > 0, logits.argmax(dim=-1), END) if ends else logits.argmax(dim=-1)
+
+    def work() -> float:
+        with torch.no_grad(), patch("model.generate.draw", pick):
+            if cached:
+                tokens = generate(model, prompts.tolist(), max_new_tokens=RESPONSE, eos_id=END if ends else -1, pad_id=3, uniforms=going).tokens
+            else:
+                tokens = prompts
+                for _ in range(RESPONSE):
+                    tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+        answers = tokens[:, PROMPT:].numpy()
+        return float((answers * going[:, : answers.shape[1]]).sum())  # up to where a row ends, or would
+
+    return work
+
+
+def shortcuts() -> list[Callable[[], Shortcut]]:
+    return [
+        lambda: Shortcut("logits of response tokens alone", training(), training(read=of_everything)),
+        lambda: Shortcut("those in chunks of 256 tokens (default: 4,096)", training(chunk=256), training()),
+        lambda: Shortcut("policy and value on one trunk", with_values(separate=False), with_values(separate=True)),
+        lambda: Shortcut("layers computed again in the backward pass", training(again=True), training()),
+        lambda: Shortcut("fused AdamW, against one kernel per operation", optimising(fused=True), optimising(fused=False)),
+        lambda: Shortcut("decoding with a cache, 16 rows", decoding(ROWS), decoding(ROWS, cached=False)),
+        lambda: Shortcut("finished rows leave the batch, 64 rows", decoding(ends=True), decoding()),
+        lambda: Shortcut("bf16, width 128, 4 layers", training(NARROW, bf16=True), training(NARROW), 0.02),
+        lambda: Shortcut("bf16, width 256", training(bf16=True), training(), 0.02),
+        lambda: Shortcut("bf16, width 512", training(WIDE, bf16=True), training(WIDE), 0.02),
+        lambda: Shortcut("layers compiled, one shape, width 128, 4 layers", training(NARROW, compiled=True), training(NARROW), memory=False),
+        lambda: Shortcut("layers compiled, one shape", training(compiled=True), training(), memory=False),
+        lambda: Shortcut(f"layers compiled, {BATCHES} shapes", training(compiled=True, varied=True), training(varied=True), memory=False),
+    ]
+
+
+def timed(work: Callable[[], float]) -> tuple[float, float]:
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
+
+
+def mib(work: Callable[[], float]) -> str:
+    with Peak() as peak:
+        work()
+    return f"{peak.most / 2**20:.0f}"
+
+
+def measured(shortcut: Shortcut, repeats: int) -> list[str]:
+    (mine, first), (other, _) = timed(shortcut.taken), timed(shortcut.left)
+    assert abs(mine - other) <= shortcut.tolerance * abs(other), (shortcut.name, mine, other)
+    times = [(timed(shortcut.taken)[1], timed(shortcut.left)[1]) for _ in range(repeats)]
+    medians = [f"{1000 * statistics.median(column):.1f}" for column in zip(*times, strict=True)]
+    ratio = f"{statistics.median(left / taken for taken, left in times):.2f}"
+    memory = [mib(shortcut.taken), mib(shortcut.left)] if shortcut.memory else ["", ""]
+    return [shortcut.name, *medians, ratio, f"{first:.1f}", *memory]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--only", default="", help="shortcuts with this in their name")
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    rows = [measured(shortcut, flags.repeats) for make in shortcuts() if flags.only in (shortcut := make()).name]
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(markdown_table(["shortcut", "with, ms", "without, ms", "ratio", "first call with, s", "MiB with", "MiB without"], rows))
+
+
+if __name__ == "__main__":
+    main()
