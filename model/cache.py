@@ -1,8 +1,8 @@
 """Keys and values of the tokens that generation has read: a plain object handed to `forward`, never part of a model's weights.
 
-The first call prefills right-padded prompts. Each later call adds one token per row at that row's own next slot, which overwrites the
-row's padding: rows of different lengths stay in one rectangle and come out in the layout that training uses. Keys are held with their
-tokens last, so that the product with a single query reads them in order.
+The first call prefills right-padded prompts. Each later call adds one token per row in a slot that all rows share, behind the longest
+prompt; what lies between a row's prompt and there is never looked at. Keys are held with their tokens last, so that the product with a
+single query reads them in order.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Cache:
-    """keys: one (B, K, E, S) tensor per layer; values: one (B, K, S, E); lengths (B,): how many tokens of each row are held."""
+    """keys: one (B, K, E, S) tensor per layer; values: one (B, K, S, E); lengths (B,): how many tokens of each row are held;
+    filled: slots in use."""
 
     def __init__(self, prompt_lengths: Tensor, slots: int):
         """prompt_lengths (B,): real tokens in the prompts that the first call will bring; slots: S, prompt and response together."""
@@ -19,7 +20,7 @@ class Cache:
         self.lengths = torch.zeros_like(prompt_lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.longest = 0  # max(lengths), known without asking the device
+        self.filled = self.width = 0  # width: of the prompts, padding included
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Stores one layer's new key and value (B, K, T, E). Returns what a decoded token attends to, keys (B, K, E, S), values (B, K, S, E) and
@@ -31,23 +32,24 @@ class Cache:
             self.keys[layer][..., :length] = key.transpose(2, 3)
             self.values[layer][:, :, :length] = value
             return None
-        rows, held = torch.arange(len(key), device=key.device), self.longest + 1
-        self.keys[layer][rows, :, :, self.lengths] = key[:, :, 0]
-        self.values[layer][rows, :, self.lengths] = value[:, :, 0]
-        visible = torch.arange(held, device=key.device) <= self.lengths[:, None]
-        return self.keys[layer][..., :held], self.values[layer][:, :, :held], visible
+        now = self.filled + 1
+        self.keys[layer][..., self.filled] = key[:, :, 0]
+        self.values[layer][:, :, self.filled] = value[:, :, 0]
+        slots = torch.arange(now, device=key.device)
+        visible = (slots < self.prompt_lengths[:, None]) | (slots >= self.width)
+        return self.keys[layer][..., :now], self.values[layer][:, :, :now], visible
 
     def advance(self) -> None:
         """Counts the tokens of the call that just went through all layers."""
-        if self.longest == 0:
+        if self.filled == 0:
             self.lengths = self.prompt_lengths.clone()
-            self.longest = int(self.prompt_lengths.max())
+            self.filled = self.width = int(self.prompt_lengths.max())
         else:
             self.lengths += 1
-            self.longest += 1
+            self.filled += 1
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but those listed (n,): finished rows leave the batch."""
         self.keys = [key[rows] for key in self.keys]
         self.values = [value[rows] for value in self.values]
-        self.lengths = self.lengths[rows]
+        self.lengths, self.prompt_lengths = self.lengths[rows], self.prompt_lengths[rows]

@@ -237,7 +237,7 @@ class Chain(nn.Module):
 
     def forward(self, tokens, cache):
         self.batches.append(len(tokens))
-        prefill = cache.longest == 0
+        prefill = cache.filled == 0
         cache.advance()
         last = tokens[torch.arange(len(tokens)), cache.lengths - 1] if prefill else tokens[:, 0]
         return 100.0 * nn.functional.one_hot(self.following[last], 50)
