@@ -33,13 +33,14 @@ from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, prepare_data
 from data.run import CHANGE_NO_RESULT, MANIFEST
 from data.split import SplitFlags, check_split_flags
-from eval import QUICK_PROMPTS, EvalFlags, compare_run
+from eval import QUICK_PROMPTS, compare_run
 from losses.dpo import PREFERENCE_LOSSES, loss_flags
+from model.answers import EvalFlags
+from model.checkpoint import count_parameters
 from model.offline import (
     DpoFlags, LossFlags, ModelFlags, RmFlags, SftFlags, TokenizerFlags, check_given_gaps, check_rm, check_tokenizer, chosen_loss, dpo_stage, rm_stage,
     sft_stage, split_stage, tokenizer_stage,
 )  # fmt: skip
-from model.checkpoint import count_parameters
 from model.optim import BY_SIZE, for_size
 from model.parallel import ALONE, DeviceFlags, ProcessFlags, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config

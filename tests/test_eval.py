@@ -12,19 +12,21 @@ import pytest
 import torch
 from runs import copy_of
 
-import eval as evaluation
 from data.batches import Row, encode_pairs
 from data.errors import CheckpointError, NumericalError, UsageError
 from data.files import read_json, weights_digest, write_json
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
-from data.report import preference_numbers
+from data.report import preference_numbers, report_text, wins
 from data.run import begin_stage, finish_stage
 from data.synthetic import best_response, kind, true_reward
 from data.tokenizer import Tokenizer, train_tokenizer
-from eval import EvalFlags, Question, Setting, answer_prompt, compare_run, main, pick_questions, report_text, sequence_kls, wins
+from eval import answer_prompt, compare_run, main
+from model import answers
+from model.answers import EvalFlags, Question, Setting, pick_questions
 from model.checkpoint import save_model
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import World, exit_code
+from model.score import sequence_kls
 from model.stage import Text
 from model.transformer import ModelConfig, initialise
 
@@ -238,9 +240,9 @@ def test_the_policy_that_dpo_aims_at_follows_the_labels_that_it_learns_from(worl
         path = run / stage / "manifest.json"
         described = read_json(path)
         write_json(path, described | {"flags": described["flags"] | flags})
-    monkeypatch.setattr(evaluation, "preference_numbers", lambda logps, ref_logps, ideal: aims.append(ideal) or preference_numbers(logps, ref_logps, ideal))
+    monkeypatch.setattr(answers, "preference_numbers", lambda logps, ref_logps, ideal: aims.append(ideal) or preference_numbers(logps, ref_logps, ideal))
     digests, pairs = {name: weights_digest(run / name) for name in ("sft", "dpo")}, load_pairs(run / "data", "test")
-    found = evaluation.pair_preferences(run, digests, [Question(pair.prompt, "", ()) for pair in pairs], replace(setting(run), world_name="advice"))
+    found = answers.pair_preferences(run, digests, [Question(pair.prompt, "", ()) for pair in pairs], replace(setting(run), world_name="advice"))
     odds = []
     kept = {row.id for row in encode_pairs(pairs, setting(run).text.tokenizer, *LIMITS.values())[0]}  # others are equal once cut
     for pair in (pair for pair in pairs if pair.id in kept):

@@ -22,14 +22,16 @@ import data.advice
 import data.digest
 import data.synthetic
 import eval as evaluation
+import model.answers
 from data.batches import encode_pairs, stable_hash
 from data.errors import DataError, UsageError
 from data.grid import GridFlags
 from data.prepare import DataFlags, WorldFlags, load_pairs
 from data.split import read_split
 from data.tokenizer import Tokenizer, train_tokenizer
-from eval import EvalFlags
+from losses.dpo import PREFERENCE_LOSSES
 from model import parallel
+from model.answers import EvalFlags
 from model.checkpoint import load_model
 from model.heads import LanguageModel, ScalarModel
 from model.offline import TokenizerFlags, tokenizers_place
@@ -37,7 +39,6 @@ from model.parallel import DeviceFlags, World
 from model.plan import PlanFlags
 from model.resume import LoopFlags
 from model.score import reference_logps
-from losses.dpo import PREFERENCE_LOSSES
 from model.stage import Run, RunFlags, Text, validation_prompts
 from train import STAGE_FLAGS, check_loss_names
 
@@ -182,7 +183,7 @@ def test_no_stage_touches_the_true_reward(chain, tmp_path, monkeypatch):
     def out_of_reach(*_, **__):
         raise AssertionError("a stage asked for the true reward")
 
-    for module in (data.synthetic, data.advice, data.digest, evaluation):
+    for module in (data.synthetic, data.advice, data.digest, model.answers, evaluation):
         for name in ("true_reward", "reward_terms", "well_formed", "best_response", "draw_rows", "write_response"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, out_of_reach)
