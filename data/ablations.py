@@ -7,6 +7,7 @@ from other pairs of the world, more of them and hardly noisy. A row has its star
 data/grid.py runs rows, data/compare.py compares them.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +122,9 @@ def chosen_rows(asked: str) -> list[str]:
     for word in asked.split(","):
         names = GROUPS.get(word, [word] if word in ROWS else None)
         if names is None:
-            raise UsageError(f"--only {word}: no such row or group; groups are {', '.join(GROUPS)}; rows of core are {', '.join(CORE)}")
+            like = difflib.get_close_matches(word, [*GROUPS, *ROWS], n=3, cutoff=0.8)
+            hint = f"did you mean {' or '.join(like)}?" if like else f"groups are {', '.join(GROUPS)}; rows of core are {', '.join(CORE)}"
+            raise UsageError(f"--only {word}: no such row or group; {hint}")
         for name in names:
             add(name)
     return list(dict.fromkeys(found))

@@ -31,8 +31,12 @@ def test_starts_come_first_and_once():
 
 
 def test_an_unknown_row_is_named():
-    with pytest.raises(UsageError, match="--only mpo2: no such row"):
+    with pytest.raises(UsageError, match="--only mpo2: no such row or group; did you mean mpo"):
         chosen_rows("mpo,mpo2")
+    with pytest.raises(UsageError, match="did you mean mpo@split-quantile-0.25 or"):
+        chosen_rows("mpo@quantile-0.25")
+    with pytest.raises(UsageError, match="groups are core, threshold"):
+        chosen_rows("nothing-like-it")
 
 
 def test_what_a_row_shares_follows_from_the_row_it_starts_from():
