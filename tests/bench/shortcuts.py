@@ -37,14 +37,16 @@ NARROW, WIDE = replace(CONFIG, width=128, layers=4, heads=4, kv_heads=4, feed_fo
 ROWS, PROMPT, RESPONSE, END = 16, 64, 64, 2
 BATCHES = 4  # of different lengths, where lengths vary
 
+Work = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Shortcut:
     """Both ways of doing something; each returns a number that must be the other's within `tolerance`, relatively."""
 
     name: str
-    taken: Callable[[], float]
-    left: Callable[[], float]
+    taken: Work
+    left: Work
     tolerance: float = 1e-4
     memory: bool = True  # counted; not inside compiled code, which runs no operations that could be seen
 
@@ -74,7 +76,10 @@ def of_everything(model: LanguageModel, tokens: Tensor, mask: Tensor) -> Tensor:
     return (logps * mask[:, 1:]).sum()
 
 
-def training(config: ModelConfig = CONFIG, *, read=of_responses, chunk=4096, compiled=False, varied=False, again=False, bf16=False):
+def training(
+    config: ModelConfig = CONFIG, *, read=of_responses, chunk: int = 4096, compiled=False, varied=False, again=False, bf16=False
+) -> Work:
+    """Forward and backward of the responses' log-probability, which it returns."""
     model = fresh(LanguageModel, config)
     model.trunk.checkpoint_activations = again
     if compiled:
@@ -95,7 +100,8 @@ def training(config: ModelConfig = CONFIG, *, read=of_responses, chunk=4096, com
     return work
 
 
-def with_values(separate: bool):
+def with_values(separate: bool) -> Work:
+    """The same with a value of every token, from a second trunk or from the policy's."""
     model = PolicyWithCritic(fresh(LanguageModel), fresh(ScalarModel) if separate else None)
     tokens, mask = batch()
 
@@ -108,7 +114,8 @@ def with_values(separate: bool):
     return work
 
 
-def optimising(fused: bool):
+def optimising(fused: bool) -> Work:
+    """AdamW's step on gradients that are always the same; returns the sum of the weights."""
     model = fresh(LanguageModel)
     optimiser = make_optimiser(model, 1e-4, 0.0)
     for group in optimiser.param_groups:
@@ -123,8 +130,8 @@ def optimising(fused: bool):
     return work
 
 
-def decoding(rows: int = 64, *, cached=True, ends=False):
-    """Greedy responses; ends: in mean after a quarter of the limit, as a uniform number of 0 says in place of the model."""
+def decoding(rows: int = 64, *, cached=True, ends=False) -> Work:
+    """Greedy responses; ends: in mean after a quarter of the limit, where a uniform number of 0 says so in place of the model."""
     model = fresh(LanguageModel).eval()
     prompts = batch()[0][:, :PROMPT].repeat(rows // ROWS, 1)
     lengths = np.random.default_rng(0).geometric(4 / RESPONSE, rows)
@@ -165,18 +172,20 @@ def shortcuts() -> list[Callable[[], Shortcut]]:
     ]
 
 
-def timed(work: Callable[[], float]) -> tuple[float, float]:
+def timed(work: Work) -> tuple[float, float]:
     began = time.perf_counter()
     return work(), time.perf_counter() - began
 
 
-def mib(work: Callable[[], float]) -> str:
+def mib(work: Work) -> str:
+    """The largest sum of bytes of the tensors that it makes."""
     with Peak() as peak:
         work()
     return f"{peak.most / 2**20:.0f}"
 
 
 def measured(shortcut: Shortcut, repeats: int) -> list[str]:
+    """The shortcut's line of the table; raises AssertionError where both ways do not come to the same."""
     (mine, first), (other, _) = timed(shortcut.taken), timed(shortcut.left)
     assert abs(mine - other) <= shortcut.tolerance * abs(other), (shortcut.name, mine, other)
     times = [(timed(shortcut.taken)[1], timed(shortcut.left)[1]) for _ in range(repeats)]
