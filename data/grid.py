@@ -193,7 +193,7 @@ def keyed(flags: dict[str, object]) -> dict[str, object]:
     def entry(flag: str, value):
         if (flag, value) in STRONGLY.items():
             return STRONG
-        return digest_once(value) if flag in FOLDERS else content(value)
+        return digest_once(Path(value)) if flag in FOLDERS else content(value)
 
     return {flag: entry(flag, value) for flag, value in flags.items()}
 

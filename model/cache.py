@@ -11,7 +11,7 @@ from torch import Tensor
 
 class Cache:
     """keys: one (B, K, E, S) tensor per layer; values: one (B, K, S, E); lengths (B,): how many tokens of each row are held;
-    filled: slots in use."""
+    filled: slots in use; visible (B, filled + 1): which slots the next token of each row may see, its own among them."""
 
     def __init__(self, prompt_lengths: Tensor, slots: int):
         """prompt_lengths (B,): real tokens in the prompts that the first call will bring; slots: S, prompt and response together."""
@@ -35,21 +35,21 @@ class Cache:
         now = self.filled + 1
         self.keys[layer][..., self.filled] = key[:, :, 0]
         self.values[layer][:, :, self.filled] = value[:, :, 0]
-        slots = torch.arange(now, device=key.device)
-        visible = (slots < self.prompt_lengths[:, None]) | (slots >= self.width)
-        return self.keys[layer][..., :now], self.values[layer][:, :, :now], visible
+        return self.keys[layer][..., :now], self.values[layer][:, :, :now], self.visible
 
     def advance(self) -> None:
-        """Counts the tokens of the call that just went through all layers."""
+        """Counts the tokens of the call that just went through all layers, and says what the next one may see."""
         if self.filled == 0:
             self.lengths = self.prompt_lengths.clone()
             self.filled = self.width = int(self.prompt_lengths.max())
         else:
             self.lengths += 1
             self.filled += 1
+        slots = torch.arange(self.filled + 1, device=self.lengths.device)
+        self.visible = (slots < self.prompt_lengths[:, None]) | (slots >= self.width)
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but those listed (n,): finished rows leave the batch."""
         self.keys = [key[rows] for key in self.keys]
         self.values = [value[rows] for value in self.values]
-        self.lengths, self.prompt_lengths = self.lengths[rows], self.prompt_lengths[rows]
+        self.lengths, self.prompt_lengths, self.visible = self.lengths[rows], self.prompt_lengths[rows], self.visible[rows]

@@ -101,7 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """One query per row: softmax(q k / sqrt(E)) v over the visible (B, S) of keys (B, K, E, S) and values (B, K, S, E); query and result
-    (B, H, 1, E). Two products are faster here than torch's kernel, which is made for many queries (tests/results/speed.md)."""
+    (B, H, 1, E). On CPUs two products are faster than torch's kernel, which is made for many queries (tests/results/speed.md)."""
     grouped = query.reshape(*values.shape[:2], -1, query.shape[3])  # (B, K, H / K, E): the queries that share a key-value head
     scores = (grouped @ keys).float() * query.shape[3] ** -0.5
     weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(dim=-1)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x) if places is None else places.spread(self.qkv(x))
         if cache is None and qkv.device.type == "cpu":
-            qkv = qkv.float()  # under bf16, too: torch's attention on CPUs takes up to twice as long in it (tests/results/speed.md)
+            qkv = qkv.float()  # under bf16, too: torch's attention on CPUs can take twice as long in it (tests/results/speed.md)
         qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)

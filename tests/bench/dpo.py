@@ -4,11 +4,11 @@
     python tests/bench/dpo.py [--repeats 5] [--pairs 16] [--prompt 96] [--response 64] [--dtype fp32] [--threads N]
     python tests/bench/dpo.py --device cuda --dtype bf16 --size 1b       # needs 55 GB: both sides train a model of 1.1B parameters
 
-A LLaMA of 8.4M parameters, or one of the program's sizes, random ids, prompts of a third of --prompt to all of it tokens, responses likewise. Measured twice: the
-reference read at every step on both sides, and its log-probabilities known beforehand on both. bf16 is autocast on both sides, with fp32
-weights. The losses of the first two steps must agree before anything is timed. Prints medians, tokens per second with the prompt counted
-twice on both sides (ours reads it once: packing.py measures what that is worth), the median of the paired ratios, and what two steps of
-each side, in a process of its own, add to the memory that the process had with everything imported.
+A LLaMA of 8.4M parameters, or one of the program's sizes, random ids, prompts of a third of --prompt to all of it tokens, responses
+likewise. Measured twice: the reference read at every step on both sides, and its log-probabilities known beforehand on both. bf16 is
+autocast on both sides, with fp32 weights. The losses of the first two steps must agree before anything is timed. Prints medians, tokens
+per second with the prompt counted twice on both sides (ours reads it once: packing.py measures what that is worth), the median of the
+paired ratios, and what two steps of each side, in a process of its own, add to the memory that it had with everything imported.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from packing import VOCAB, random_pairs
+from packing import CONFIG, random_pairs
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -42,7 +42,6 @@ from model.parallel import ALONE, World, distribute  # noqa: E402
 from model.score import reference_logps  # noqa: E402
 from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
 
-CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 3}
 BETA, LR = 0.1, 1e-5
 

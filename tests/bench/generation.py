@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packing import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,7 +28,6 @@ from model.generate import generate  # noqa: E402
 from model.heads import LanguageModel  # noqa: E402
 from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
 
-CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 NEVER = -1  # an end token that no row draws
 
 

@@ -25,9 +25,10 @@ from losses.masked import masked_sum  # noqa: E402
 from losses.reward import reward_loss  # noqa: E402
 from model.heads import LanguageModel, ScalarModel  # noqa: E402
 from model.score import pair_logps, pair_tensors, row_lengths, to_tensors  # noqa: E402
-from model.transformer import initialise, sized  # noqa: E402
+from model.transformer import ModelConfig, initialise, sized  # noqa: E402
 
 VOCAB, PAD, CPU = 4096, 3, torch.device("cpu")
+CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)  # of other scripts: 8.4M parameters
 
 
 def random_pairs(count: int, prompt: int, response: int) -> list[PairRow]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import trl.experimental.ppo.ppo_trainer as theirs
 from datasets import Dataset
-from packing import VOCAB
+from packing import CONFIG, VOCAB
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
@@ -36,11 +36,10 @@ from model.generate import Responses  # noqa: E402
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
 from model.optim import make_optimiser  # noqa: E402
 from model.parallel import ALONE, World, distribute  # noqa: E402
-from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
+from model.transformer import SIZES, initialise  # noqa: E402
 from rl.ppo import PpoFlags, make_batch, update  # noqa: E402
 from rl.rollout import Sampling, roll_out  # noqa: E402
 
-CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 3}
 NEVER, LR = -1, 1e-5  # an end token that no row draws
 

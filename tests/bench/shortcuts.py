@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from packing import CONFIG  # noqa: E402
 from peak import Peak  # noqa: E402
 
 from data.report import markdown_table  # noqa: E402
 from losses.logprobs import log_probs  # noqa: E402
 from model.generate import generate  # noqa: E402
-from model.heads import LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
+from model.heads import CHUNK, LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
 from model.optim import make_optimiser  # noqa: E402
 from model.transformer import ModelConfig, initialise  # noqa: E402
 
-CONFIG = ModelConfig(vocab_size=4096, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)
 NARROW, WIDE = replace(CONFIG, width=128, layers=4, heads=4, kv_heads=4, feed_forward=352), replace(CONFIG, width=512, feed_forward=1408)
 ROWS, PROMPT, RESPONSE, END = 16, 64, 64, 2
 BATCHES = 4  # of different lengths, where lengths vary
@@ -77,7 +77,7 @@ def of_everything(model: LanguageModel, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def training(
-    config: ModelConfig = CONFIG, *, read=of_responses, chunk: int = 4096, compiled=False, varied=False, again=False, bf16=False
+    config: ModelConfig = CONFIG, *, read=of_responses, chunk: int = CHUNK, compiled=False, varied=False, again=False, bf16=False
 ) -> Work:
     """Forward and backward of the responses' log-probability, which it returns."""
     model = fresh(LanguageModel, config)
@@ -157,7 +157,7 @@ def decoding(rows: int = 64, *, cached=True, ends=False) -> Work:
 def shortcuts() -> list[Callable[[], Shortcut]]:
     return [
         lambda: Shortcut("logits of response tokens alone", training(), training(read=of_everything)),
-        lambda: Shortcut("those in chunks of 256 tokens (default: 4,096)", training(chunk=256), training()),
+        lambda: Shortcut(f"those in chunks of 256 tokens (default: {CHUNK:,})", training(chunk=256), training()),
         lambda: Shortcut("policy and value on one trunk", with_values(separate=False), with_values(separate=True)),
         lambda: Shortcut("layers computed again in the backward pass", training(again=True), training()),
         lambda: Shortcut("fused AdamW, against one kernel per operation", optimising(fused=True), optimising(fused=False)),
