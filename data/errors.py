@@ -9,7 +9,7 @@ without a traceback and exit with the code; anything that is not a `Stop` is a d
     4     CheckpointError  weights, tokenizer or manifest that do not fit or were damaged
     5     NumericalError   a number that is not finite, or a broken invariant of the algorithm
     6     ResourceError    disk, memory, a vanished folder
-    130   Interrupted      Ctrl-C; 143 after SIGTERM, as shells have it
+    130   Interrupted      Ctrl-C; 143 after SIGTERM, 141 where what is printed goes to a pipe that was closed, as shells have it
 """
 
 

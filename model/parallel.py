@@ -140,7 +140,12 @@ def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         program(arguments)
+        sys.stdout.flush()  # where a pipe was closed, the error comes here and not after the end
         return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds to print
+        print(f"error: {rank}nothing reads what is printed any more (a closed pipe); a stage that was begun goes on with --resume", file=sys.stderr)
+        return 141  # as shells have it
     except KeyboardInterrupt:
         print(f"error: {rank}interrupted; a stage that was begun goes on with --resume, a grid with the same command", file=sys.stderr)
         return 130

@@ -9,11 +9,12 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import BUDGETS, STAGES, command, copy_of, here, manifest, metrics, snapshot
+from runs import BUDGETS, ROOT, STAGES, command, copy_of, here, manifest, metrics, snapshot
 from safetensors.torch import load_file, save_file
 from test_interruptions import FLAGS, before, lines, started, steps_of, when
 
@@ -172,6 +173,15 @@ def test_rows_of_a_broken_number_are_written_with_what_describes_them(tmp_path):
     assert isinstance(error, NumericalError) and "sft, step 3: loss is not finite on rank 0; rows row0, row1, row2, row3, row4, ..." in str(error)
     (path,) = (tmp_path / "failures").iterdir()
     assert str(path) in str(error) and [json.loads(line)["id"] for line in path.read_text().splitlines()] == [f"row{i}" for i in range(7)]
+
+
+def test_a_pipe_that_is_closed_ends_the_program_with_one_line():
+    program = "import sys; from model.parallel import exit_code; sys.exit(exit_code(lambda _: print('line\\n' * 100_000), []))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()  # as `| head -1` does
+        message = process.stderr.read()
+    assert process.returncode == 141 and message.count("\n") == 1 and "nothing reads what is printed any more" in message
 
 
 def test_every_stage_of_the_chain_is_still_whole(chain):

@@ -1,9 +1,9 @@
 """Is a built-in world a meaningful test bed? What its labels, its writer and a run's SFT model are worth by the true reward.
 
-    python tests/bench/testbed.py --run runs/mpo [--prompts 100] [--draws 64]
+    python tests/bench/testbed.py --run runs/mpo [--prompts 100] [--draws 64] [--reward-model FOLDER]
 
 The best of n samples of SFT is at most log n - (n - 1) / n nats from SFT, and nearly the best policy at that distance: so the table says
-how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model; --draws 0 leaves it out. Below it: how
+how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model, or another; --draws 0 leaves it out. Below it: how
 often labels and reward model agree with the truth on test pairs, how gaps are spread, and the kinds of prompts in the easy half, in all
 training pairs and in the test part.
 """
@@ -33,10 +33,10 @@ from model.parallel import ALONE  # noqa: E402
 from model.score import reward_scores_of_pairs  # noqa: E402
 
 
-def sampled_rewards(name: str, run: Path, prompts: list[str], style: str, draws: int, limits: dict) -> tuple[np.ndarray, np.ndarray, float]:
+def sampled_rewards(name: str, run: Path, reward_model: Path, prompts: list[str], style: str, draws: int, limits: dict) -> tuple[np.ndarray, np.ndarray, float]:
     """True rewards and the reward model's scores (prompts, draws) of SFT's samples, and the share that is well-formed."""
     tokenizer = Tokenizer(run / "tokenizer" / "tokenizer.model")
-    model, judge = load_model(run / "sft", LanguageModel).eval(), load_model(run / "rm", ScalarModel).eval()
+    model, judge = load_model(run / "sft", LanguageModel).eval(), load_model(reward_model, ScalarModel).eval()
     rewards, scores, well = [], [], 0
     for prompt in prompts:
         ids, _ = encode_prompt(prompt, style, tokenizer, limits["max_prompt"])
@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--draws", type=int, default=64)
+    parser.add_argument("--reward-model", type=Path, help="default: that of the run")
     flags = parser.parse_args()
+    flags.reward_model = flags.reward_model or flags.run / "rm"
     described = read_json(flags.run / "data" / "manifest.json")["flags"]
     name, test = described["data"], load_pairs(flags.run / "data", "test")
     if flags.draws:
@@ -63,7 +65,7 @@ def main() -> None:
     tokenizer = Tokenizer(flags.run / "tokenizer" / "tokenizer.model")
     rows, _ = encode_pairs(test, tokenizer, described["max_prompt"], described["max_response"])
     with torch.no_grad():
-        chosen, rejected = reward_scores_of_pairs(load_model(flags.run / "rm", ScalarModel), rows, tokenizer.pad_id, ALONE).T
+        chosen, rejected = reward_scores_of_pairs(load_model(flags.reward_model, ScalarModel), rows, tokenizer.pad_id, ALONE).T
     gap_of = dict(zip([pair.id for pair in test], gaps, strict=True))
     truth = np.array([gap_of[row.id] for row in rows])
     told = truth != 0
@@ -83,10 +85,10 @@ def print_best_of_n(flags: argparse.Namespace, name: str, test: list, described:
     """The table of the best of n, picked by the true reward and by the reward model."""
     prompts, style = [pair.prompt for pair in test[: flags.prompts]], test[0].style
     with torch.no_grad():
-        rewards, scores, well_formed = sampled_rewards(name, flags.run, prompts, style, flags.draws, described)
+        rewards, scores, well_formed = sampled_rewards(name, flags.run, flags.reward_model, prompts, style, flags.draws, described)
     best = np.array([synthetic.true_reward(name, prompt, synthetic.best_response(name, prompt)) for prompt in prompts])
     rows = []
-    for n in (1, 4, 16, 32, flags.draws):
+    for n in sorted({n for n in (1, 4, 16, 32) if n < flags.draws} | {flags.draws}):
         groups, judged = (x[:, : flags.draws // n * n].reshape(len(prompts), -1, n) for x in (rewards, scores))
         by_truth = groups.max(axis=2).mean(axis=1)
         by_score = np.take_along_axis(groups, judged.argmax(axis=2)[..., None], axis=2).mean(axis=(1, 2))
