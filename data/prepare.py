@@ -114,7 +114,10 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     }
     counts = {part: len(rows) for part, rows in parts.items()}
     if not all(counts.values()):
-        raise DataError(f"{flags.data}: too few rows for three parts ({counts}); left out: {left_out}; give more data")
+        raise DataError(
+            f"{flags.data}: too few rows for three parts ({counts}); left out: {left_out}; give more data (a run's data/train.jsonl is one part, by the same"
+            " hashes of prompts, and has no others)"
+        )
     for part, rows in parts.items():
         atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     of_demonstrations = write_demonstrations(folder, flags, {pair.prompt for pair in test}) if flags.demonstrations else {}

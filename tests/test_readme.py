@@ -80,7 +80,7 @@ def test_the_exit_codes_are_those_of_the_program():
     from data import errors
 
     said = re.search(r"Exit codes: (.*?)\.\n", README, re.DOTALL)[1]
-    codes = {kind.code for kind in errors.Stop.__subclasses__()} | {143}  # Interrupted's other one
+    codes = {kind.code for kind in errors.Stop.__subclasses__()} | {143, 141}  # Interrupted's other one; a closed pipe
     assert {int(number) for number in re.findall(r"\b(\d+)\b", said)} == codes
 
 

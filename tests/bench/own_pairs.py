@@ -5,7 +5,7 @@
     python train.py --stage rm --folds 1 --init runs/mpo/sft --out runs/own
     python tests/bench/testbed.py --run runs/mpo --reward-model runs/own/rm
 
-Two samples for the prompt of every training pair; where both say the same there is no pair. --temperature is the label noise, as in
+Two samples for the prompt of every training and validation pair; where both say the same there is no pair. --temperature is the label noise, as in
 train.py's --label-temperature.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     flags = parser.parse_args()
     described = read_json(flags.run / "data" / "manifest.json")["flags"]
     tokenizer, model = Tokenizer(flags.run / "tokenizer" / "tokenizer.model"), load_model(flags.run / "sft", LanguageModel).eval()
-    pairs = load_pairs(flags.run / "data", "train")
+    pairs = [pair for part in ("train", "validation") for pair in load_pairs(flags.run / "data", part)]  # parted again, by the same hashes
     ids = [encode_prompt(pair.prompt, pair.style, tokenizer, described["max_prompt"])[0] for pair in pairs for _ in range(2)]
     texts = []
     for begin in tqdm(range(0, len(ids), BATCH), unit="batch"):

@@ -66,8 +66,8 @@ def main() -> None:
     rows, _ = encode_pairs(test, tokenizer, described["max_prompt"], described["max_response"])
     with torch.no_grad():
         chosen, rejected = reward_scores_of_pairs(load_model(flags.reward_model, ScalarModel), rows, tokenizer.pad_id, ALONE).T
-    gap_of = dict(zip([pair.id for pair in test], gaps, strict=True))
-    truth = np.array([gap_of[row.id] for row in rows])
+    known = {pair.id: (gap, synthetic.kind(name, pair.prompt)) for pair, gap in zip(test, gaps, strict=True)}
+    truth, kinds = (np.array(of_rows) for of_rows in zip(*(known[row.id] for row in rows), strict=True))
     told = truth != 0
     right = {"labels": truth[told] > 0, "reward model": (chosen - rejected)[told] * truth[told] > 0}
     for who, hits in right.items():
@@ -77,8 +77,11 @@ def main() -> None:
     pairs, easy = load_pairs(flags.run / "data", "train"), set(read_split(flags.run / "split")["easy"])
     parts = {"all": pairs, "easy": [pair for pair in pairs if pair.id in easy], "test": test}
     shares = {part: Counter(synthetic.kind(name, p.prompt) for p in chosen) for part, chosen in parts.items()}
-    rows = [(kind, *(f"{found[kind] / found.total():.2f}" for found in shares.values())) for kind in sorted(shares["all"])]
-    print(markdown_table(["kind", "all pairs", "easy", "test"], rows))
+    rows = [
+        (kind, *(f"{found[kind] / found.total():.2f}" for found in shares.values()), *(f"{hits[kinds[told] == kind].mean():.2f}" for hits in right.values()))
+        for kind in sorted(shares["all"])
+    ]
+    print(markdown_table(["kind", "all pairs", "easy", "test", *(f"{who} right" for who in right)], rows))
 
 
 def print_best_of_n(flags: argparse.Namespace, name: str, test: list, described: dict) -> None:
@@ -100,6 +103,11 @@ def print_best_of_n(flags: argparse.Namespace, name: str, test: list, described:
     rows.append(("best response", "-", format_interval(*mean_interval(best)), "1.00", "-", "-"))
     print(f"**{name}**, SFT of {flags.run}, {len(prompts)} test prompts, {flags.draws} samples each; well-formed {well_formed:.3f}\n")
     print(markdown_table(["", "KL to SFT, nats, at most", "true reward", "way to best", "picked by the reward model", "way to best"], rows))
+    kinds = np.array([synthetic.kind(name, prompt) for prompt in prompts])
+    picked = np.take_along_axis(rewards, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    shown = (rewards.mean(axis=1), rewards.max(axis=1), picked, best)
+    by_kind = [(kind, (of := kinds == kind).sum(), *(format_interval(*mean_interval(x[of])) for x in shown)) for kind in sorted(set(kinds))]
+    print(markdown_table(["kind", "prompts", "SFT", f"best of {flags.draws}", "picked by the reward model", "best response"], by_kind))
 
 
 if __name__ == "__main__":
