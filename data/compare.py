@@ -25,7 +25,7 @@ COURSE = {  # what is kept of metrics.jsonl, and shown
                                 "kl_old_tok": "KL old/new per token", "kl_ref_seq": "KL to reference", "ended": "ended"},
 }  # fmt: skip
 COLUMNS = {
-    "true_reward": "true reward", "score_raw": "reward model, raw", "wins_against_chosen": "wins against chosen",
+    "true_reward": "true reward", "score": "score, standard deviations", "wins_against_chosen": "wins against chosen",
     "wins_against_sft": "wins against SFT", "well_formed": "well-formed", "kl_sft": "KL to SFT", "kl_ref": "KL to reference",
     "chosen_shift": "shift of chosen log-probability", "rejected_shift": "of rejected", "ranking_accuracy": "ranking accuracy",
     "idealised_ranking_accuracy": "that of DPO's optimum on all pairs", "tokens": "tokens", "ended": "ended", "dpo_pairs": "DPO pairs seen",
@@ -154,7 +154,7 @@ def verdict(difference: tuple[float, float | None, float | None] | None) -> str:
 def compared(lines: Sequence[dict]) -> str:
     """All tables of one setting, as Markdown."""
     names, world = names_of(lines), any(line["world"] for line in lines)
-    key = "true_reward" if world else "score_raw"
+    key = "true_reward" if world else "score"  # raw scores have no zero: over seeds their means say nothing
     count = {name: len(of_row(lines, name)) for name in names}
 
     def table(columns: dict[str, Callable[[dict], float | None]]) -> str:
@@ -162,7 +162,7 @@ def compared(lines: Sequence[dict]) -> str:
         return markdown_table(["", "seeds", *columns], rows)
 
     marks = {mark: over_seeds(one_per_seed(lines), lambda line, mark=mark: line["marks"].get(mark, {}).get(key)) for mark in ("sft", "chosen", "best")}
-    shown = ({"true_reward": "true reward"} if world else {}) | {"score_raw": "score", "kl_sft": "KL"}
+    shown = ({"true_reward": "true reward"} if world else {}) | {"score": "score", "kl_sft": "KL"}
     versions = {line["code"] for line in lines}
     kinds = list(lines[0]["marks"]["sft"].get("true_reward_by_kind", {}))
     parts = [

@@ -13,6 +13,7 @@ from data.report import t_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS, DASHES = "os^Dvp*X", ("-", "--", "-.", ":")
+SCORE = "reward model's score (standard deviations)"
 INSTALL = 'pip install "matplotlib>=3.8,<4"'
 SWEEPS = {  # file -> (flag, default, what it is) of each panel
     "threshold": (("split-quantile", 0.5, "quantile of the gaps from which a pair is easy"),),
@@ -45,7 +46,7 @@ def draw(lines: Sequence[dict], folder: Path) -> list[Path]:
 
 def worth(lines: Sequence[dict]) -> tuple[str, str]:
     """What a row is judged by, and its name on an axis."""
-    return ("true_reward", "true reward") if all(line["world"] for line in lines) else ("score_raw", "reward model's score (log-odds)")
+    return ("true_reward", "true reward") if all(line["world"] for line in lines) else ("score", SCORE)
 
 
 def interval_of(values: Sequence[float]) -> tuple[float, float]:
@@ -95,12 +96,12 @@ def frontier(plt, lines: Sequence[dict]):
         return None
     key, label = worth(lines)
     panels = [("kl_sft", key, "KL to SFT (nats per response)", label), ("online_samples", key, "responses sampled online", label)]
-    if key != "score_raw":
-        panels.insert(1, ("kl_sft", "score_raw", "KL to SFT (nats per response)", "reward model's score (log-odds)"))
+    if key != "score":
+        panels.insert(1, ("kl_sft", "score", "KL to SFT (nats per response)", SCORE))
     figure, grid = plt.subplots(
         len(families), len(panels), layout="constrained", figsize=(4.8 * len(panels), 4 * len(families)), squeeze=False, sharex="col", sharey="col"
     )
-    sft = {y: mean_mark(lines, "sft", y) for y in (key, "score_raw")}
+    sft = {y: mean_mark(lines, "sft", y) for y in (key, "score")}
     for axes_of_family, (title, rows) in zip(grid, families.items(), strict=True):
         for axes, (x, y, x_label, y_label) in zip(axes_of_family, panels, strict=True):
             if x == "online_samples" and title == "DPO":

@@ -20,10 +20,10 @@ from data.grid import read_rows
 def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
     """A row's line with three snapshots; the second is the best."""
     stage = "ppo" if is_ppo(row) else "dpo"
-    numbers = {"score_raw": 1.0, "true_reward_by_kind": {"list": 1.5}, "online_samples": 0, "dpo_pairs": 16, "ended": 1.0}
+    numbers = {"score": 1.0, "true_reward_by_kind": {"list": 1.5}, "online_samples": 0, "dpo_pairs": 16, "ended": 1.0}
     points = {f"{stage}/snapshot-{i}": numbers | {"true_reward": r, "kl_sft": kl} for i, (r, kl) in enumerate(zip(rewards, kls, strict=True))}
     points[stage] = points[f"{stage}/snapshot-1"]
-    marks = {"sft": {"true_reward": 0.0, "score_raw": 0.0, "true_reward_by_kind": {"list": 1.0}}, "chosen": {"true_reward": 1.0, "score_raw": 1.0}}
+    marks = {"sft": {"true_reward": 0.0, "score": 0.0, "true_reward_by_kind": {"list": 1.0}}, "chosen": {"true_reward": 1.0, "score": 1.0}}
     buckets = {"[0, 1)": {"share": 0.6, "accuracy": 0.5}, "[1, inf)": {"share": 0.4, "accuracy": 0.8}}
     return {
         "row": row, "seed": seed, "key": f"{row}{seed}", "setting": setting or {"--data": "advice"}, "prompts": 20, "world": "advice",
@@ -115,7 +115,7 @@ def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
     assert text.count("\n| mpo") == 1
     assert trials_text(LINES, "true_reward") == ""
     without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
-    assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score_raw")
+    assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score")
 
 
 def test_the_course_of_training_is_its_beginning_middle_and_end():
