@@ -5,8 +5,8 @@
     python train.py --stage rm --folds 1 --init runs/mpo/sft --out runs/own
     python tests/bench/testbed.py --run runs/mpo --reward-model runs/own/rm
 
-Two samples for the prompt of every training and validation pair; where both say the same there is no pair. --temperature is the label noise, as in
-train.py's --label-temperature.
+Two samples for the prompt of every training and validation pair; where both say the same there is no pair. --temperature is the label
+noise, as in train.py's --label-temperature.
 """
 
 import argparse
