@@ -26,6 +26,7 @@ from model.memory import is_shortage, shortage
 from model.transformer import Layer, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GO_ON = "a stage that was begun goes on with --resume, a grid with the same command"
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,10 @@ def exit_code(program: Callable[[list[str]], None], arguments: list[str]) -> int
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds to print
-        print(f"error: {rank}nothing reads what is printed any more (a closed pipe); a stage that was begun goes on with --resume", file=sys.stderr)
+        print(f"error: {rank}nothing reads what is printed any more (a closed pipe); {GO_ON}", file=sys.stderr)
         return 141  # as shells have it
     except KeyboardInterrupt:
-        print(f"error: {rank}interrupted; a stage that was begun goes on with --resume, a grid with the same command", file=sys.stderr)
+        print(f"error: {rank}interrupted; {GO_ON}", file=sys.stderr)
         return 130
     except Exception as error:
         stopped = error if isinstance(error, Stop) else shortage(error) if is_shortage(error) else lost_contact(error)

@@ -3,9 +3,9 @@
     python tests/bench/testbed.py --run runs/mpo [--prompts 100] [--draws 64] [--reward-model FOLDER]
 
 The best of n samples of SFT is at most log n - (n - 1) / n nats from SFT, and nearly the best policy at that distance: so the table says
-how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model, or another; --draws 0 leaves it out. Below it: how
-often labels and reward model agree with the truth on test pairs, how gaps are spread, and the kinds of prompts in the easy half, in all
-training pairs and in the test part.
+how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model, or another, and the one below it
+where, by kind of prompt; --draws 0 leaves both out. Then: how often labels and reward model agree with the truth on test pairs, how gaps
+are spread, and the kinds of prompts in the easy half, in all training pairs and in the test part.
 """
 
 import argparse
