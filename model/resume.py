@@ -328,7 +328,8 @@ class Saving:
     @contextlib.contextmanager
     def heeding_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C are noted, for `after` to act on; a second one, more than a second later, ends the process at once. (torchrun
-        passes on a Ctrl-C that its processes have had already.)"""
+        passes on a Ctrl-C that its processes have had already.) An error inside is followed by where the last checkpoint is: in here, since
+        the SIGTERM that torchrun sends to those whose peer has died may come before they have told of it."""
         came = 0.0
 
         def note(number: int, _) -> None:
@@ -343,6 +344,10 @@ class Saving:
         before = {} if self.folder is None else {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
+        except BaseException:
+            if self.folder and (there := checkpoints(self.folder / CHECKPOINTS)):
+                print(f"the last checkpoint is {there[-1]}; --resume goes on from the last good one", file=sys.stderr)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -373,9 +378,3 @@ def same_file(path: Path, sha256: str) -> bool:
 
 def versions() -> dict[str, str]:
     return {"code": code_version(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage or of its folds, by time."""
-    there = [place for home in folder.rglob(CHECKPOINTS) for place in checkpoints(home)]
-    return max(there, key=lambda place: place.stat().st_mtime, default=None)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
 from model.parallel import DeviceFlags, World
-from model.resume import Saving, LoopFlags, last_checkpoint
+from model.resume import Saving, LoopFlags
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,9 @@ class Run:
             try:
                 with Metrics(folder / METRICS if self.world.is_main else None) as metrics:
                     yield folder, metrics, results
-            except BaseException as error:
-                if isinstance(error, Stop) and self.world.is_main:
+            except Stop:
+                if self.world.is_main:
                     leave_no_trace(folder)
-                if place := last_checkpoint(folder):
-                    print(f"the last checkpoint is {place}; --resume goes on from the last good one", file=sys.stderr)
                 raise
             self.world.barrier()
             if results.get("step") == -1:

@@ -154,6 +154,27 @@ def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, whole, monk
     assert equal(run(tmp_path, every=0), whole["sft"])
 
 
+def test_an_error_tells_of_the_last_checkpoint_though_a_signal_comes_meanwhile(tmp_path, monkeypatch, capsys):
+    """torchrun ends the process whose peer has died by SIGTERM, at about the moment when that one sees that it is alone."""
+    plain_step, plain_checkpoints, calls = fit_module.train_step, resume.checkpoints, []
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            monkeypatch.setattr(resume, "checkpoints", lambda home: os.kill(os.getpid(), signal.SIGTERM) or plain_checkpoints(home))
+            raise RuntimeError("Connection closed by peer")
+        return plain_step(*args)
+
+    monkeypatch.setattr(fit_module, "train_step", step)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have ended here"))
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            run(tmp_path, every=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"the last checkpoint is {tmp_path / 'checkpoints/step-00000004'}; --resume goes on" in capsys.readouterr().err
+
+
 def test_a_checkpoint_in_pieces_is_the_same_checkpoint(tmp_path, whole, monkeypatch):
     """Each file has 20,000 bytes of tensors at most, or one tensor; together they have every tensor once."""
     monkeypatch.setattr(resume, "PIECE", 20_000)
