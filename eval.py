@@ -33,21 +33,21 @@ from pathlib import Path
 from data import compare, pictures
 from data.batches import encode_prompt
 from data.errors import UsageError
-from data.examples import HUMAN, SUMMARY, in_template
+from data.examples import in_form
 from data.files import atomic_write, read_json, weights_digest, write_json
 from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
-from data.prepare import load_pairs
+from data.prepare import form_of, load_pairs
 from data.report import report_text
-from data.run import MANIFEST, identity, open_stage, parent_key
+from data.run import MANIFEST, check_run_folder, identity, open_stage, parent_key
 from data.synthetic import WORLDS, best_response
 from data.tokenizer import Tokenizer
 from model.answers import (
     Answers, EvalFlags, Question, Setting, best_of, judge, measure, model_answers, numbers_of, open_reward_model, pair_preferences,
-    pick_questions, sample,
+    pick_questions, reference_folder, sample,
 )  # fmt: skip
-from model.checkpoint import CONFIG
+from model.checkpoint import CONFIG, config_from_json
 from model.parallel import DeviceFlags, World, exit_code, start
 from model.stage import Text
 
@@ -84,6 +84,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp", offload=False)
     if judge_out:
         flags = dataclasses.replace(flags, distances=False)
+    check_run_folder(folder, "--run")
     made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
     names = model_names(folder, flags.models)
     path = folder / "tokenizer" / "tokenizer.model"
@@ -99,6 +100,8 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         of_training = read_json(folder / name.split("/")[0] / MANIFEST)["parents"].get("rm")
         if of_training and identity(of_training) != judging:
             print(f"careful: {name} was trained with another reward model, {of_training['path']}, than {reward_folder}, which judges here")
+        if flags.distances and (ref := reference_folder(folder, name)) and folder.resolve() not in ref.parents:
+            print(f"careful: {name} was trained with a reference that is not of this run, {ref}")
     questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
@@ -155,13 +158,18 @@ def model_names(folder: Path, asked: str | None) -> list[str]:
         stage = pattern.split("/")[0]
         if stage in STAGES:
             open_stage(folder / stage, f"python train.py --stage {stage} --out {folder}", (stage,))
-        found = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"{pattern}/{CONFIG}") if stage in STAGES)
+        found = models_in(folder, pattern) if stage in STAGES else []
         if not found:
-            there = sorted(str(path.parent.relative_to(folder)) for stage in STAGES for path in folder.glob(f"{stage}/**/{CONFIG}"))
+            there = [name for stage in STAGES for name in models_in(folder, f"{stage}/**")]
             raise UsageError(f"--models {asked}: no model {pattern!r} in {folder}; there are {', '.join(there) or 'none'}")
         names += found
     open_stage(folder / "sft", f"python train.py --stage sft --out {folder}", ("sft",))  # all are compared with it
     return list(dict.fromkeys(names))
+
+
+def models_in(folder: Path, pattern: str) -> list[str]:
+    """The models of a run whose folders fit a pattern, in order. A critic answers nothing."""
+    return sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"{pattern}/{CONFIG}") if path.parent.name != "critic")
 
 
 # ---------------------------------------------------------------- a grid's comparison
@@ -170,7 +178,7 @@ def model_names(folder: Path, asked: str | None) -> list[str]:
 def compare_rows(path: Path) -> None:
     """Prints a grid's tables and writes them beside its rows: report.md, rows.csv, and pictures where matplotlib is installed.
     Raises UsageError where there are no rows."""
-    file = path / "rows.jsonl" if path.is_dir() else path
+    file = path if path.suffix == ".jsonl" else path / "rows.jsonl"
     lines = read_rows(file)
     if not lines:
         raise UsageError(f"--compare {path}: no rows in {file}; make some with: python train.py --stage ablations --out {file.parent}")
@@ -196,18 +204,15 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     if not (folder / CONFIG).exists():
         raise UsageError(f"--model {folder}: no model is there; give a model's folder, such as runs/mpo/ppo")
     beside = [place / "data" / MANIFEST for place in folder.resolve().parents[:2]]  # of a stage, or of a stage's snapshot
-    described = next((read_json(path)["flags"] for path in beside if path.exists()), {"data": ""})
-    half = read_json(folder / CONFIG)["max_position_embeddings"] // 2
+    described = next((read_json(path)["flags"] for path in beside if path.exists()), {})
+    half = config_from_json(read_json(folder / CONFIG), folder / CONFIG).context // 2
     path = folder / "tokenizer.model"
     text = Text(Tokenizer(path), path, described.get("max_prompt", half), described.get("max_response", half))
     setting = Setting(text, world, flags)
-    form = {"advice": "hh", "digest": "tldr"}.get(described["data"], described["data"].partition(":")[0])
-    template = form if form in ("hh", "tldr") else described.get("template")
-    style = "dialogue" if template == "hh" else "plain"
     if not prompt.strip():
         raise UsageError("--prompt: is empty; give some text")
-    if template and not raw and HUMAN not in prompt and SUMMARY not in prompt:
-        prompt, style = in_template(prompt, template)
+    form = form_of(described) if described else None
+    prompt, style = (prompt, "dialogue" if form == "hh" else "plain") if raw else in_form(prompt, form)
     ids, shortened = encode_prompt(prompt, style, text.tokenizer, text.max_prompt)
     if not ids:
         raise UsageError(f"--prompt: does not fit into the {text.max_prompt} tokens of this model's prompts; shorten it")

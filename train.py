@@ -31,7 +31,7 @@ from data.files import read_json
 from data.flags import Parser, add_flags, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, prepare_data
-from data.run import CHANGE_NO_RESULT, MANIFEST
+from data.run import CHANGE_NO_RESULT, MANIFEST, check_run_folder
 from data.split import SplitFlags, check_split_flags
 from eval import QUICK_PROMPTS, compare_run
 from losses.dpo import PREFERENCE_LOSSES, loss_flags
@@ -227,6 +227,7 @@ def main(arguments: list[str]) -> None:
     if given_again(given, stage):
         given["resume"] = True
     flags = take_flags(RunFlags, given)
+    check_run_folder(flags.out, "--out")
     made = Path(flags.out) / "data" / MANIFEST
     if "seed" not in given and made.exists():  # one run, one seed
         flags = dataclasses.replace(flags, seed=read_json(made)["flags"]["seed"])
@@ -248,7 +249,7 @@ def main(arguments: list[str]) -> None:
     if flags.resume and not any(run.folder.glob("*/")):
         raise UsageError(f"--resume: there is nothing in {run.folder} to go on with; leave the flag out")
     if world.is_main and (makes_data or (run.folder / "data" / MANIFEST).exists()):
-        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed, flags.resume)
+        prepare_data(run.folder / "data", data_flags, world_flags, tuple(given), flags.seed, flags.resume, flags.quick)
     world.barrier()
     STAGES[stage](run)
 

@@ -85,7 +85,7 @@ def passed(lines: Sequence[dict], line: dict) -> list[dict]:
 
 def frontier(line: dict, key: str, before: Sequence[dict] = ()) -> list[tuple[float, float]]:
     """(KL to SFT, number) of SFT, of the points `before` a row's own, and of those of its own points that one would pick when asked to stay so
-    near: on validation prompts each has a better score than all that are nearer. Nearest first. What went astray on its way is not among them."""
+    near: on validation prompts the judge scores each above all that are nearer. Nearest first. What went astray on its way is not among them."""
     found = [(0.0, line["marks"]["sft"][key]), *((point["kl_sft"], point[key]) for point in before)]
     highest = -math.inf
     for name, point in sorted(line["points"].items(), key=lambda item: item[1]["kl_sft"]):
@@ -217,7 +217,7 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
         f"Differences of {COLUMNS[key]}, first row minus second, paired by seed. Intervals are of the noise between seeds, one comparison at a time: of twenty"
         f" differences that are none, one is called better or worse. Words: better and worse, where 0 is outside the interval; at least as good, where -{MATTERS:g} is."
         f" Smaller than {MATTERS:g} does not matter. Equal pairs: after as many as the one that saw fewer. Equal KL: at the best weights of the row that is nearer to SFT;"
-        f" the other where one would have stopped there, by its validation, between kept weights and those that it started from; not comparable where it was never about so near.\n"
+        f" the other where one would have stopped there, by the judge's scores on validation prompts, between kept weights and those that it started from; not comparable where it was never about so near.\n"
     ]
     header = ["", "seeds", *PICKS.values(), "at equal pairs", "at equal KL", "that KL", "shown at the best", "shown at equal KL"]
     for claim, pairs in asked.items():
@@ -241,7 +241,8 @@ def trials_of(lines: Sequence[dict], name: str) -> dict[str, dict[int, dict]]:
 
 def tuned(trials: Sequence[dict], by: str, key: str) -> float:
     """A number at the best of all kept weights of some lines; `by`: what decides on validation prompts, score_raw (the judge's) or true_reward."""
-    return max((line["validation"][point][by], numbers[key]) for line in trials for point, numbers in line["points"].items())[1]
+    kept = [(line["validation"][point][by], numbers[key]) for line in trials for point, numbers in line["points"].items()]
+    return max(kept, key=lambda found: found[0])[1]
 
 
 def trials_text(lines: Sequence[dict], key: str) -> str:

@@ -44,7 +44,7 @@ TEMPLATES = {  # what --template makes of a JSONL row's prompt, and the style by
 ACCEPTED = r"""accepted are
   hh:PATH[,PATH]     rows {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}
   tldr:PATH[,PATH]   rows {"info": {"subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}], "choice": 0 or 1}
-  jsonl:PATH[,PATH]  rows {"prompt", "chosen", "rejected"}, optionally "gap"; demonstrations {"prompt", "response"}; prompts {"prompt"}
+  jsonl:PATH[,PATH]  rows {"prompt", "chosen", "rejected"}, optionally "gap"; for --demonstrations {"prompt", "response"}; for PPO's --prompts {"prompt"}
   advice or digest   the built-in worlds (--data alone)"""
 KINDS = {type(None): "null", bool: "a boolean", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
 MAX_LINE = 16 * 2**20  # bytes, unpacked; one line without end, or a few kilobytes of gzip that unpack to one, must not fill the memory
@@ -113,9 +113,10 @@ def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None
 
 
 def read_prompts(spec: str, *, template: str | None = None) -> list[tuple[str, str]]:
-    """The different prompts of `spec` with their style, in order. JSONL rows need only "prompt". Errors as in `read_pairs`, no bad row is skipped."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, None, None, template)
-    return list(dict.fromkeys((row.prompt, style) for row, style, _ in rows))
+    """The different prompts of `spec` with their style, in order; plain ones `in_form` of the template. JSONL rows need only "prompt".
+    Errors as in `read_pairs`, no bad row is skipped."""
+    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, None, None, None)
+    return list(dict.fromkeys(in_form(row.prompt, template) if style == "plain" else (row.prompt, style) for row, style, _ in rows))
 
 
 def read_demonstrations(
@@ -134,6 +135,13 @@ def in_template(prompt: str, template: str) -> tuple[str, str]:
     """A plain prompt in one of TEMPLATES, and its style."""
     text, style = TEMPLATES[template]
     return text.format(prompt.strip()), style
+
+
+def in_form(prompt: str, template: str | None) -> tuple[str, str]:
+    """A prompt in one of TEMPLATES, if one is given and the prompt is not in HH's or TL;DR's form already, and its style."""
+    if template and HUMAN not in prompt and SUMMARY not in prompt:
+        return in_template(prompt, template)
+    return prompt, "dialogue" if template == "hh" else "plain"
 
 
 def is_held_out(prompt: str, share: float, salt: str = "test") -> bool:

@@ -193,6 +193,8 @@ def keyed(flags: dict[str, object]) -> dict[str, object]:
     def entry(flag: str, value):
         if (flag, value) in STRONGLY.items():
             return STRONG
+        if flag == "--tokenizer-file":
+            return digest(Path(value))
         return digest_once(Path(value)) if flag in FOLDERS else content(value)
 
     return {flag: entry(flag, value) for flag, value in flags.items()}

@@ -57,15 +57,19 @@ def check_data_flags(flags: DataFlags, given: dict) -> None:
         raise UsageError(f"--{name.replace('_', '-')} {given[name]}: has no effect with --data {flags.data}: {reason}; leave it out")
 
 
-def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False) -> None:
+def prepare_data(
+    folder: Path, flags: DataFlags, world_flags: WorldFlags, given: Sequence[str], seed: int, resume: bool = False, quick: bool = False
+) -> None:
     """Makes `folder` (DIR/data), or checks that it was made with the same flags; `given`: names of the flags that the user typed;
-    resume: data that a stopped run left half-made is made anew.
+    resume: data that a stopped run left half-made is made anew; quick: the flags' defaults are those of --quick.
 
     Raises UsageError where a flag differs from the one the data was made with, DataError for rows (data/examples.py) and empty parts.
     """
     described = dataclasses.asdict(flags) | dataclasses.asdict(world_flags) | {"seed": seed}
     if (folder / "manifest.json").exists():
         made_with = open_stage(folder, f"python train.py --stage tokenizer --out {folder.parent}")["flags"]
+        if made_with.get("quick") and not quick:
+            raise UsageError(f"{folder}: was made under --quick, which leaves most rows out; choose another --out, or add --quick")
         for name in given:
             if name in described and made_with[name] != described[name]:
                 raise UsageError(
@@ -83,7 +87,7 @@ def prepare_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, given:
         if spec and spec not in WORLDS:
             paths_of(spec)  # what cannot be read stops the run before a world is made
     with locked(folder):
-        begin_stage(folder, described, {}, resume)
+        begin_stage(folder, described | {"quick": quick}, {}, resume)
         try:
             make_data(folder, flags, world_flags, seed)
         except (UsageError, DataError):
@@ -115,8 +119,9 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     counts = {part: len(rows) for part, rows in parts.items()}
     if not all(counts.values()):
         raise DataError(
-            f"{flags.data}: too few rows for three parts ({counts}); left out: {left_out}; give more data (a run's data/train.jsonl is one part, by the same"
-            " hashes of prompts, and has no others)"
+            f"{flags.data}: too few rows for three parts ({counts}), to which whole prompts go by their hash; left out:"
+            f" {left_out | ({'prompt is in the test data': shared} if shared else {})}; give more prompts (a run's data/train.jsonl is one part, by the"
+            " same hashes, and has no others)"
         )
     for part, rows in parts.items():
         atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
@@ -155,6 +160,12 @@ def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str])
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in chosen)
         atomic_write(folder / f"demonstrations-{part}.jsonl", lines)
     return left_out
+
+
+def form_of(flags: dict) -> str | None:
+    """The one of TEMPLATES that all prompts of a run have: that of its world or format, or its --template. flags: of its data's manifest."""
+    form = {"advice": "hh", "digest": "tldr"}.get(flags["data"], flags["data"].partition(":")[0])
+    return form if form in TEMPLATES else flags["template"]
 
 
 def load_pairs(folder: Path, part: str) -> list[Pair]:

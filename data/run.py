@@ -159,6 +159,12 @@ def finish_stage(folder: Path, stage: str, results: dict) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def check_run_folder(folder: Path, flag_name: str) -> None:
+    """Raises UsageError where a run's folder is wanted and the folder is that of a stage."""
+    if (Path(folder) / MANIFEST).exists():
+        raise UsageError(f"{flag_name} {folder}: is a stage of a run; give the run's folder, {Path(folder).parent}")
+
+
 def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict:
     """The manifest of a finished stage, its files checked against their digests.
 
@@ -167,16 +173,17 @@ def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
-        state = "is unfinished" if folder.exists() else "does not exist"
-        raise UsageError(f"{folder}: {state}; make it with: {make_it}")
+        what = f"is unfinished; go on with it: {make_it} --resume" if folder.exists() else f"does not exist; make it with: {make_it}"
+        raise UsageError(f"{folder}: {what}")
     manifest = read_json(folder / MANIFEST)
     if stages and manifest["stage"] not in stages:
         raise CheckpointError(f"{folder}: holds the stage {manifest['stage']!r} where one of {', '.join(stages)} is needed")
+    again = f"put it back, or remove {folder} and make the stage again: {make_it}"
     for name, expected in manifest["files"].items():
         if not (folder / name).exists():
-            raise CheckpointError(f"{folder / name}: missing, though the manifest lists it; make the stage again: {make_it}")
+            raise CheckpointError(f"{folder / name}: missing, though the manifest lists it; {again}")
         if digest(folder / name) != expected:
-            raise CheckpointError(f"{folder / name}: changed since it was written (digest differs); make the stage again: {make_it}")
+            raise CheckpointError(f"{folder / name}: changed since it was written (digest differs); {again}")
     return manifest
 
 

@@ -77,7 +77,7 @@ def k3(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.expm1(-d) + d
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(pi || ref) of each row over the whole vocabulary, in nats, no sampling error: logits (N, V) twice -> (N,) float32."""
-    logps, ref_logps = log_probs(logits, temperature), log_probs(ref_logits, temperature)
+    logps, ref_logps = log_probs(logits), log_probs(ref_logits)
     return (logps.exp() * (logps - ref_logps)).sum(-1)

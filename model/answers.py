@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import Pair
-from data.files import read_json, weight_files
+from data.files import read_json, weight_files, weights_digest
 from data.flags import flag
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, preference_numbers, share, wins
@@ -160,7 +160,7 @@ def reference_folder(folder: Path, name: str) -> Path | None:
     if recorded is None:
         return None
     path = Path(recorded["path"])
-    for place in (path, folder / path.name):  # the run may have been moved
+    for place in (folder / path.name, folder / path.parent.name / path.name, path):  # the run, and a snapshot in it, may have been moved or copied
         if weight_files(place) and identity(parent_key(place)) == identity(recorded):
             return place.resolve()
     raise CheckpointError(f"{path}: the reference of {folder / stage} is gone or was made anew; put it back, or make {stage} again")
@@ -170,6 +170,7 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
     """Name -> of n of SFT's answers to each prompt, `first` among them, the one that the run's own reward model scores highest; name -> its KL.
 
     That is not measured: it is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
+    open_stage(folder / "rm", f"python train.py --stage rm --out {folder}", ("rm",))
     numbers, model, picker = numbers_of(setting.flags.best_of), setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel)
     more = (setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw) for draw in range(1, numbers[-1]))
     draws = [first, *more]
@@ -261,6 +262,7 @@ def pair_preferences(folder: Path, digests: dict[str, str], questions: Sequence[
     for name in digests:
         flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
         plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
+        plain_dpo = plain_dpo and weights_digest(reference_folder(folder, name)) == digests["sft"]  # not --ref of another model
         found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
     return found
 

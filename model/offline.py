@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batches import PairRow, epoch_order, stable_hash
+from data.batches import PairRow, encode_pairs, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, NumericalError, UsageError
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import flag, take_flags
@@ -134,6 +134,20 @@ def tokenizer_stage(run: Run) -> None:
             train_tokenizer(texts, path, flags.vocab_size)
         run.world.barrier()
         results["vocab_size"] = Tokenizer(path).vocab_size
+        warn_of_limits(run, Tokenizer(path))
+
+
+def warn_of_limits(run: Run, tokenizer: Tokenizer) -> None:
+    """Says so where the data's limits cut more than a tenth of its texts: they are part of a run's data, so this is the time to choose others."""
+    limits, pairs = read_json(run.folder / "data" / MANIFEST)["flags"], load_pairs(run.folder / "data", "train")[:1000]
+    _, counts = encode_pairs(pairs, tokenizer, limits["max_prompt"], limits["max_response"])
+    of_all = {"prompt": counts["prompts shortened"] / len(pairs), "response": counts["responses cut"] / (2 * len(pairs))}
+    for what, share in of_all.items():
+        if share > 0.1:
+            run.say(
+                f"warning: tokenizer: {share:.0%} of {what}s are longer than --max-{what} {limits[f'max_{what}']} tokens and will be cut; for others,"
+                f" choose another --out with a larger --max-{what} or --{'tokenizer-' if run.chain else ''}vocab-size"
+            )
 
 
 def sft_stage(run: Run) -> None:
@@ -184,7 +198,7 @@ def rm_stage(run: Run) -> None:
             raise DataError(f"{run.folder / 'data'}: {len(set(prompt_of.values()))} training prompts fall into one of {folds} folds; give more, or --folds 1")
         train_on = partial(train_reward_model, run, text, flags, init, validation)
         scores = np.zeros((len(train), 2))
-        for fold in range(folds if folds > 1 else 0):
+        for fold in sorted(set(fold_of.tolist())) if folds > 1 else ():  # of few prompts or many folds some have none
             train_on([row for row, f in zip(train, fold_of, strict=True) if f != fold], folder / f"fold-{fold}", f"rm fold {fold}")
             mine, model = np.flatnonzero(fold_of == fold), distribute(text.load(folder / f"fold-{fold}", ScalarModel), world, frozen=True)
             scores[mine] = reward_scores_of_pairs(model, [train[i] for i in mine], pad_id, world)

@@ -20,7 +20,7 @@ from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_respo
 from data.errors import CheckpointError, DataError, Stop, UsageError
 from data.files import INDEX, atomic_write, copy_whole, digest, read_json, weight_files, write_json
 from data.flags import flag, take_flags
-from data.prepare import load_demonstrations, load_pairs
+from data.prepare import DataFlags, WorldFlags, load_demonstrations, load_pairs
 from data.report import profile_text
 from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
 from data.split import read_split
@@ -29,6 +29,8 @@ from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
 from model.parallel import DeviceFlags, World
 from model.resume import Saving, LoopFlags
+
+ABOUT_DATA = {"quick", *(field.name for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group))}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,16 @@ class Run:
         """
         if not given:
             folder = self.folder / stage
-            open_stage(folder, f"python train.py --stage {stage} --out {self.folder}", (stage,))
+            open_stage(folder, self.command(stage), (stage,))
         elif (folder := Path(given)) and ((folder / MANIFEST).exists() or (folder / FLAGS).exists()):
             open_stage(folder, f"python train.py --stage {folder.name} --out {folder.parent}")
         return folder
+
+    def command(self, stage: str) -> str:
+        """What makes a stage of this run, with what was typed about data."""
+        typed = {name: value for name, value in self.given.items() if name in ABOUT_DATA and value is not False}
+        words = [f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in typed.items()]
+        return f"python train.py --stage {stage} --out {self.folder}{''.join(words)}"
 
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
         """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
@@ -183,7 +191,7 @@ class Text:
 
 def open_text(run: Run) -> Text:
     """The tokenizer of the run, and the limits that its data was made with."""
-    limits = open_stage(run.folder / "data", f"python train.py --stage tokenizer --out {run.folder}")["flags"]
+    limits = open_stage(run.folder / "data", run.command("tokenizer"))["flags"]
     path = run.parent("tokenizer") / "tokenizer.model"
     return Text(Tokenizer(path), path, limits["max_prompt"], limits["max_response"])
 

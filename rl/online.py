@@ -10,7 +10,7 @@ from data.errors import CheckpointError, DataError, UsageError
 from data.examples import paths_of, read_prompts
 from data.files import read_json, weights_digest
 from data.flags import flag
-from data.prepare import load_pairs
+from data.prepare import form_of, load_pairs
 from data.run import MANIFEST, METRICS, as_flags
 from model.checkpoint import CONFIG, count_parameters
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
@@ -106,7 +106,7 @@ def ppo_stage(run: Run) -> None:
 def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[int, ...]]:
     """Ids of the prompts that PPO trains on: --prompts, or those of the chosen part of the split; never a test prompt."""
     if flags.prompts:
-        prompts = read_prompts(flags.prompts, template=read_json(run.folder / "data" / MANIFEST)["flags"].get("template"))
+        prompts = read_prompts(flags.prompts, template=form_of(read_json(run.folder / "data" / MANIFEST)["flags"]))
     else:
         ids = part_ids(run, flags.part)
         prompts = [(p.prompt, p.style) for p in load_pairs(run.folder / "data", "train") if ids is None or p.id in ids]

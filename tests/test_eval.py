@@ -284,6 +284,26 @@ def test_a_run_that_was_moved_finds_its_references(plain_run, tmp_path):
         compare_run(run, ALONE, EvalFlags())
 
 
+def test_a_model_of_another_reference_is_named(plain_run, tmp_path, capsys):
+    """As in a copy of a run where DPO was trained anew and PPO was not."""
+    run = copy_of(plain_run, tmp_path / "run", "dpo")
+    compare_run(copy_of(plain_run, tmp_path / "same"), ALONE, EvalFlags())
+    assert "careful" not in capsys.readouterr().out
+    save_stage(run, "dpo", tiny(5), {"init": run / "sft", "ref": run / "sft"})
+    compare_run(run, ALONE, EvalFlags())
+    assert capsys.readouterr().out.count(f"careful: ppo was trained with a reference that is not of this run, {plain_run / 'dpo'}\n") == 1
+
+
+def test_a_snapshot_as_reference_is_found_in_a_run_that_was_moved(plain_run, tmp_path):
+    before = copy_of(plain_run, tmp_path / "before", "ppo")
+    snapshot = shutil.copytree(before / "dpo", before / "dpo" / "snapshot-00004", ignore=shutil.ignore_patterns("manifest.json"))
+    save_stage(before, "ppo", tiny(5), {"ref": snapshot})
+    run = before.rename(tmp_path / "run")
+    compare_run(run, ALONE, EvalFlags(models="ppo"))
+    row = read_json(run / "eval" / "report.json")["rows"]["ppo"]
+    assert row["reference"] == "snapshot-00004" and row["kl_ref"]["mean"] > 0
+
+
 def test_snapshots_are_compared_like_models(plain_run, tmp_path):
     """A snapshot has the reference of its stage; its name may be a pattern."""
     run = copy_of(plain_run, tmp_path / "run", "ppo")
@@ -326,8 +346,13 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
 
     run = str(world_run)
     assert "python train.py --stage mpo" in refused("--run", str(tmp_path / "nowhere"))
-    assert "no model 'grpo' in" in (error := refused("--run", run, "--models", "sft,grpo")) and "there are dpo, ppo, sft" in error
+    assert "no model 'grpo' in" in (error := refused("--run", run, "--models", "sft,grpo")) and "there are sft, dpo, ppo" in error
     assert "no model 'rm' in" in refused("--run", run, "--models", "rm")
+    assert f"no model '{run}/sft' in" in refused("--run", run, "--models", f"{run}/sft")
+    critic = shutil.copytree(world_run / "rm", copy_of(world_run, tmp_path / "run") / "ppo" / "critic")
+    for pattern in ("ppo/critic", "ppo/*"):  # a critic answers nothing
+        assert "there are sft, dpo, ppo\n" in refused("--run", str(critic.parent.parent), "--models", pattern)
+    assert f"make some with: python train.py --stage ablations --out {tmp_path}/grid\n" in refused("--compare", f"{tmp_path}/grid")
     assert "give either --run" in refused() and "give either --run" in refused("--run", run, "--model", run)
     assert "--prompt: is not read with --run" in refused("--run", run, "--prompt", "Hi")
     assert "--best-of 4,x: give whole numbers" in refused("--run", run, "--best-of", "4,x")
@@ -338,6 +363,7 @@ def test_refusals_say_what_to_do(world_run, tmp_path, capsys, monkeypatch):
     assert "--temperature 0.0: must be a positive" in refused("--run", run, "--temperature", "0")
     assert '--prompt "..."' in refused("--model", run + "/sft")
     assert "no model is there" in refused("--model", run + "/grpo", "--prompt", "Hi")
+    assert f"--run {run}/ppo: is a stage of a run; give the run's folder, {run}\n" in refused("--run", run + "/ppo")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused("--run", run)
 
@@ -408,6 +434,16 @@ def test_a_prompt_is_wrapped_as_a_dialogue_where_the_run_is_about_dialogues(worl
     assert asked == [wrapped, "\n\nHuman: Hi\n\nAssistant:", "Name a fruit.", "Name a fruit.", wrapped]
     with pytest.raises(UsageError, match="no model is there; give a model's folder"):
         answer_prompt(run, "Name a fruit.", False, ALONE, greedy)
+
+
+def test_a_model_alone_has_half_of_its_context_for_the_prompt(world_run, tmp_path, capsys):
+    """A Mistral's context ends at its sliding window, whatever its config says beside."""
+    folder = shutil.copytree(world_run / "sft", tmp_path / "mistral")
+    config = read_json(folder / "config.json")
+    described = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32, "max_position_embeddings": 4096}
+    write_json(folder / "config.json", config | described)
+    answer_prompt(folder, "fruits " * 99, True, ALONE, EvalFlags(greedy=True))
+    assert "the prompt was shortened to 16 tokens" in capsys.readouterr().err
 
 
 def test_one_answer_from_the_command_line(world_run, capsys):

@@ -68,7 +68,7 @@ BAD_ROWS = {
     "4 not an object": (with_row(2, "[1, 2]"), "rows.jsonl:3: the row is a list", "must be an object"),
     "5 empty file": (b"", "rows.jsonl: empty file", "download"),
     "5 nothing usable": ([{"prompt": "a", "chosen": "b", "rejected": "b"}] * 9, "none of the 9 rows is usable", "9  chosen equals rejected"),
-    "5 too few for three parts": (GOOD[:3], "too few rows for three parts", "give more data"),
+    "5 too few for three parts": (GOOD[:3], "too few rows for three parts", "give more prompts"),
     "9 a line without end": (encoded(GOOD) + b" " * (2**24 + 1), "rows.jsonl:61: the line is longer than 16,777,216 bytes", "one JSON object"),
     "6 blank everywhere": ([row | {"rejected": " "} if n % 3 else row for n, row in enumerate(GOOD)], "40 of 60 rows", "5%"),
 }

@@ -164,6 +164,14 @@ def test_a_given_model_and_a_given_vocabulary_reach_every_base(made, tmp_path, m
     assert [flags["init"] for name, flags in taken if name == "sft" and "init" in flags] == [str(model), str(copy)]
 
 
+def test_a_given_tokenizer_is_known_by_its_contents(tmp_path):
+    file, keys = tmp_path / "tokenizer.model", []
+    for content in (b"one", b"two", b"one"):
+        file.write_bytes(content)
+        keys.append(grid.row_key(grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice", "--tokenizer-file": str(file)}, None, {}), "dpo-easy", 1))
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_path, monkeypatch):
     """Its pairs have another seed, and none of the grid's noise; its training has the typed flags, which the stage that takes it has not."""
     words = []

@@ -133,7 +133,7 @@ def test_memory_that_runs_out_is_told_with_a_table(chain, tmp_path, stage, where
     table = re.findall(r"^ +([\d,.]+) MiB  (.+)$", output, re.MULTILINE)
     sizes = {part: float(size.replace(",", "")) for size, part in table}
     trained = next(size for part, size in sizes.items() if part.startswith("weights, trained"))
-    assert trained == pytest.approx(3.6, abs=0.1) and sizes["AdamW's moments"] == pytest.approx(2 * trained, abs=0.2)
+    assert trained == pytest.approx({"sft": 3.6, "ppo": 7.1}[stage], abs=0.1) and sizes["AdamW's moments"] == pytest.approx(2 * trained, abs=0.2)
     assert sum(sizes.values()) > 100
     last = steps_of(run, stage)[-1]
     assert faults(last) == [] and f"the last checkpoint is {last}" in output and not (run / stage / "manifest.json").exists()

@@ -23,7 +23,7 @@ import data.digest
 import data.synthetic
 import eval as evaluation
 import model.answers
-from data.batches import encode_pairs, stable_hash
+from data.batches import encode_pairs, encode_prompt, stable_hash
 from data.errors import DataError, UsageError
 from data.grid import GridFlags
 from data.prepare import DataFlags, WorldFlags, load_pairs
@@ -172,6 +172,7 @@ def test_quick_runs_the_other_world_as_well(tmp_path):
     output = here("--stage", "mpo", "--quick", "--data", "digest", "--out", tmp_path / "run", *flags)
     assert "wins against SFT" in output and "TL;DR:" in output
     assert manifest(tmp_path / "run" / "ppo")["stage"] == "ppo"
+    assert "was made under --quick" in here("--stage", "mpo", "--out", tmp_path / "run", expect=2)
 
 
 # ---- the true reward is out of reach
@@ -278,6 +279,36 @@ def test_the_contents_of_given_files_are_part_of_the_key(chain, tmp_path):
     assert "prompts_digest was" in here(*of_prompts, expect=2)
     prompts.write_text('{"prompt": 1}\n')
     assert "prompts.jsonl:1" in (said := here(*of_prompts, expect=3)) and "--skip-bad-rows" not in said
+
+
+def test_other_prompts_get_the_form_of_the_runs_own(chain, tmp_path, monkeypatch):
+    """A plain question becomes a dialogue in `advice`, and is answered as in eval.py; what is one already stays."""
+    asked = []
+    monkeypatch.setattr("rl.online.encode_prompt", lambda prompt, style, *rest: (asked.append((prompt, style)), encode_prompt(prompt, style, *rest))[1])
+    run, prompts = copy_of(chain, tmp_path / "run", "ppo"), tmp_path / "prompts.jsonl"
+    runs.write_rows(prompts, [{"prompt": "Name one fruit."}, {"prompt": "\n\nHuman: Hi\n\nAssistant:"}])
+    here("--stage", "ppo", "--out", run, *BUDGETS["ppo"], "--prompts", f"jsonl:{prompts}")
+    assert asked[:2] == [("\n\nHuman: Name one fruit.\n\nAssistant:", "dialogue"), ("\n\nHuman: Hi\n\nAssistant:", "dialogue")]
+
+
+def test_a_fold_without_pairs_trains_no_model(chain, tmp_path, monkeypatch):
+    run = copy_of(chain, tmp_path / "run", *TRAINED[1:], "split")
+    monkeypatch.setattr("model.offline.stable_hash", lambda *what: stable_hash(*what) % 2 * 2 if what[0] == "fold" else stable_hash(*what))
+    here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--folds", 3)
+    assert sorted(path.name for path in (run / "rm").glob("fold-*")) == ["fold-0", "fold-2"]
+    assert {json.loads(line)["fold"] for line in (run / "rm" / "scores.jsonl").read_text().splitlines()} == {0, 2}
+
+
+def test_a_missing_stage_is_made_with_the_data_that_was_typed(chain, tmp_path):
+    said = here("--stage", "sft", "--out", tmp_path / "new", "--data", "jsonl:own.jsonl", "--quick", expect=2)
+    assert f"make it with: python train.py --stage tokenizer --out {tmp_path / 'new'} --data jsonl:own.jsonl --quick\n" in said
+    assert f"--out {chain / 'sft'}: is a stage of a run; give the run's folder, {chain}\n" in here("--stage", "rm", "--out", chain / "sft", expect=2)
+
+
+def test_limits_that_cut_much_are_told_before_anything_is_trained(tmp_path):
+    said = here("--stage", "tokenizer", "--out", tmp_path / "run", *WORLD[:-4], "--max-prompt", 500, "--max-response", 5)
+    assert re.search(r"warning: tokenizer: \d\d+% of responses are longer than --max-response 5 tokens .* a larger --max-response or --vocab-size\n", said)
+    assert "--max-prompt" not in said
 
 
 def test_gaps_that_are_missing_stop_a_chain_before_anything_is_trained(tmp_path):

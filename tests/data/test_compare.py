@@ -10,7 +10,7 @@ import pytest
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
 from data.compare import (
-    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text, trials_text,
+    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text, trials_text, tuned,
     verdict,
 )  # fmt: skip
 from data.errors import DataError
@@ -111,11 +111,16 @@ def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
         judged(line("mpo@flip-rate-0.2", 1, (9.0, 9.0, 9.0)), (9, 9, 9)),  # other data, no trial
     ]  # fmt: skip
     text = trials_text(lines, "true_reward")
-    assert "| mpo - ppo-all | 1 | 2 | 5.00 | 3.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 3 against 0, the first of each
+    assert "| mpo - ppo-all | 1 | 2 | 5.00 | 1.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 1 against 0, the first of those that tie
     assert text.count("\n| mpo") == 1
     assert trials_text(LINES, "true_reward") == ""
     without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
     assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score")
+
+
+def test_a_tie_on_validation_prompts_is_not_broken_by_the_test():
+    points = {"a": {"true_reward": 0.1}, "b": {"true_reward": 0.9}}
+    assert tuned([{"points": points, "validation": dict.fromkeys(points, {"score_raw": 1.0})}], "score_raw", "true_reward") == 0.1
 
 
 def test_the_course_of_training_is_its_beginning_middle_and_end():

@@ -463,3 +463,6 @@ def test_a_template_puts_plain_prompts_into_a_form(template, prompt, style, tmp_
     assert len(shorten_prompt(prompt, style, list, len(prompt) - 5)) <= len(prompt) - 5
     with pytest.raises(UsageError, match=f"--template {template}: hh:.* has a format of its own"):
         read_pairs(f"hh:{path}", template=template)
+    path.write_text(json.dumps({"prompt": "\n\nHuman: Hi\n\nAssistant:"}) + "\n")
+    ((as_it_was, _),) = read_prompts(f"jsonl:{path}", template=template)
+    assert as_it_was == "\n\nHuman: Hi\n\nAssistant:"

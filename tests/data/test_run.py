@@ -48,7 +48,7 @@ def test_a_missing_or_unfinished_stage_names_the_command_that_makes_it(tmp_path)
         open_stage(tmp_path / "sft", MAKE_IT)
     begin_stage(tmp_path / "sft", {}, {})
     atomic_write(tmp_path / "sft" / "model.safetensors", b"half")
-    with pytest.raises(UsageError, match=f"sft: is unfinished; make it with: {MAKE_IT}") as stopped:
+    with pytest.raises(UsageError, match=f"sft: is unfinished; go on with it: {MAKE_IT} --resume") as stopped:
         open_stage(tmp_path / "sft", MAKE_IT)
     assert stopped.value.code == 2
 
