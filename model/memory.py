@@ -1,6 +1,7 @@
 """When memory runs out: a table of what holds how much, and which flags make it less."""
 
 import gc
+import mmap
 import resource
 import sys
 
@@ -10,6 +11,7 @@ from torch import nn
 from data.errors import ResourceError
 
 SAYINGS = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+RESERVE = mmap.mmap(-1, 2**25)  # addresses without memory behind them, given back when there is no more: telling of it takes some
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -19,6 +21,7 @@ def is_shortage(error: BaseException) -> bool:
 
 def shortage(error: BaseException) -> ResourceError:
     """What to tell of it: to be called while the failed call's objects still exist."""
+    RESERVE.close()
     rows = [(part, size) for part, size in holdings() if size]
     table = "".join(f"\n  {size / 2**20:10,.1f} MiB  {part}" for part, size in rows)
     return ResourceError(
