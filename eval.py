@@ -211,8 +211,7 @@ def answer_prompt(folder: Path, prompt: str, raw: bool, world: World, flags: Eva
     setting = Setting(text, world, flags)
     if not prompt.strip():
         raise UsageError("--prompt: is empty; give some text")
-    form = form_of(described) if described else None
-    prompt, style = (prompt, "dialogue" if form == "hh" else "plain") if raw else in_form(prompt, form)
+    prompt, style = in_form(prompt, form_of(described) if described else None, raw)
     ids, shortened = encode_prompt(prompt, style, text.tokenizer, text.max_prompt)
     if not ids:
         raise UsageError(f"--prompt: does not fit into the {text.max_prompt} tokens of this model's prompts; shorten it")

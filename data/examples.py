@@ -137,9 +137,9 @@ def in_template(prompt: str, template: str) -> tuple[str, str]:
     return text.format(prompt.strip()), style
 
 
-def in_form(prompt: str, template: str | None) -> tuple[str, str]:
-    """A prompt in one of TEMPLATES, if one is given and the prompt is not in HH's or TL;DR's form already, and its style."""
-    if template and HUMAN not in prompt and SUMMARY not in prompt:
+def in_form(prompt: str, template: str | None, raw: bool = False) -> tuple[str, str]:
+    """A prompt in one of TEMPLATES, if one is given and the prompt is neither raw nor in HH's or TL;DR's form already, and its style."""
+    if template and not raw and HUMAN not in prompt and SUMMARY not in prompt:
         return in_template(prompt, template)
     return prompt, "dialogue" if template == "hh" else "plain"
 

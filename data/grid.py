@@ -194,7 +194,7 @@ def keyed(flags: dict[str, object]) -> dict[str, object]:
         if (flag, value) in STRONGLY.items():
             return STRONG
         if flag == "--tokenizer-file":
-            return digest(Path(value))
+            return short_file(value, f"{flag} {value}")
         return digest_once(Path(value)) if flag in FOLDERS else content(value)
 
     return {flag: entry(flag, value) for flag, value in flags.items()}
@@ -205,10 +205,14 @@ def content(value):
     kind, _, paths = str(value).partition(":")
     if kind not in ("hh", "tldr", "jsonl"):
         return value
-    missing = [path for path in paths.split(",") if not Path(path).is_file()]
-    if missing:
-        raise UsageError(f"{value}: no file {missing[0]}")
-    return f"{kind}:" + ",".join(digest(Path(path))[:16] for path in paths.split(","))
+    return f"{kind}:" + ",".join(short_file(path, value) for path in paths.split(","))
+
+
+def short_file(path: str, asked: str) -> str:
+    """The beginning of a file's digest; raises UsageError, with what was asked for, where there is no such file."""
+    if not Path(path).is_file():
+        raise UsageError(f"{asked}: no file {path}")
+    return digest(Path(path))[:16]
 
 
 def short_digest(value) -> str:

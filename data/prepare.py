@@ -19,6 +19,7 @@ from data.run import begin_stage, finish_stage, locked, open_stage
 from data.synthetic import WORLDS, write_world
 
 PARTS = ("train", "validation", "test")
+FORMATS = {"advice": "hh", "digest": "tldr"}  # whose format a built-in world's files have
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     if spec in WORLDS:
         options = dataclasses.asdict(world_flags)
         write_world(spec, folder / "world", seed=seed, **options)
-        style = "hh" if spec == "advice" else "tldr"
-        spec, test_spec = f"{style}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{style}:{folder / 'world' / 'test.jsonl'}"
+        form = FORMATS[spec]
+        spec, test_spec = f"{form}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{form}:{folder / 'world' / 'test.jsonl'}"
     pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=flags.template)
     pairs = pairs[: flags.max_pairs]
     if test_spec:
@@ -164,7 +165,7 @@ def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str])
 
 def form_of(flags: dict) -> str | None:
     """The one of TEMPLATES that all prompts of a run have: that of its world or format, or its --template. flags: of its data's manifest."""
-    form = {"advice": "hh", "digest": "tldr"}.get(flags["data"], flags["data"].partition(":")[0])
+    form = FORMATS.get(flags["data"], flags["data"].partition(":")[0])
     return form if form in TEMPLATES else flags["template"]
 
 

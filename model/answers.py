@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.batches import Row, encode_pairs, encode_prompt, encode_response, stable_hash
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import Pair
-from data.files import read_json, weight_files, weights_digest
+from data.files import read_json, weight_files
 from data.flags import flag
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, preference_numbers, share, wins
@@ -170,7 +170,6 @@ def best_of(folder: Path, first: Answers, questions: Sequence[Question], setting
     """Name -> of n of SFT's answers to each prompt, `first` among them, the one that the run's own reward model scores highest; name -> its KL.
 
     That is not measured: it is at most log n - (n - 1) / n, and about as much (Beirami et al., arXiv 2401.01879)."""
-    open_stage(folder / "rm", f"python train.py --stage rm --out {folder}", ("rm",))
     numbers, model, picker = numbers_of(setting.flags.best_of), setting.load(folder / "sft"), setting.load(folder / "rm", ScalarModel)
     more = (setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw) for draw in range(1, numbers[-1]))
     draws = [first, *more]
@@ -196,8 +195,8 @@ def numbers_of(best_of: str) -> list[int]:
 def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict, Path]:
     """The judging reward model, its config with the mean and std of its scores, and its folder."""
     where = Path(setting.flags.reward_model or folder / "rm")
-    if not setting.flags.reward_model:
-        open_stage(where, f"python train.py --stage rm --out {folder}", ("rm",))
+    if setting.flags.best_of or not setting.flags.reward_model:  # DIR/rm picks, whoever judges
+        open_stage(folder / "rm", f"python train.py --stage rm --out {folder}", ("rm",))
     model, stats = setting.load(where, ScalarModel), read_json(where / CONFIG)
     if not {"score_mean", "score_std"} <= set(stats):
         raise CheckpointError(f"{where / CONFIG}: has no score_mean and score_std; those that --stage rm makes have")
@@ -260,9 +259,10 @@ def pair_preferences(folder: Path, digests: dict[str, str], questions: Sequence[
     chance = (chance + flips * (1 - 2 * chance)).clip(0.001, 0.999)
     found = {}
     for name in digests:
-        flags = read_json(folder / name.split("/")[0] / MANIFEST)["flags"]
+        made = read_json(folder / name.split("/")[0] / MANIFEST)
+        flags = made["flags"]
         plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
-        plain_dpo = plain_dpo and weights_digest(reference_folder(folder, name)) == digests["sft"]  # not --ref of another model
+        plain_dpo = plain_dpo and identity(made["parents"]["ref"]) == identity(parent_key(folder / "sft"))  # not --ref of another model
         found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
     return found
 

@@ -133,8 +133,9 @@ def tokenizer_stage(run: Run) -> None:
             texts = [text for pair in load_pairs(run.folder / "data", "train") for text in (pair.prompt, pair.chosen, pair.rejected)]
             train_tokenizer(texts, path, flags.vocab_size)
         run.world.barrier()
-        results["vocab_size"] = Tokenizer(path).vocab_size
-        warn_of_limits(run, Tokenizer(path))
+        tokenizer = Tokenizer(path)
+        results["vocab_size"] = tokenizer.vocab_size
+        warn_of_limits(run, tokenizer)
 
 
 def warn_of_limits(run: Run, tokenizer: Tokenizer) -> None:

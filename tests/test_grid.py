@@ -170,6 +170,9 @@ def test_a_given_tokenizer_is_known_by_its_contents(tmp_path):
         file.write_bytes(content)
         keys.append(grid.row_key(grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice", "--tokenizer-file": str(file)}, None, {}), "dpo-easy", 1))
     assert keys[0] == keys[2] != keys[1]
+    file.unlink()
+    with pytest.raises(UsageError, match="--tokenizer-file .*tokenizer.model: no file"):
+        grid.row_key(grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice", "--tokenizer-file": str(file)}, None, {}), "dpo-easy", 1)
 
 
 def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_path, monkeypatch):
