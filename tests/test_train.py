@@ -655,6 +655,14 @@ def test_a_reward_model_that_tells_nothing_apart_is_refused(chain, tmp_path, mon
     assert "all chosen responses have the same score" in message and not (run / "rm" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("spread, warned", [(0.04, True), (0.2, False)])
+def test_a_reward_model_that_hardly_tells_anything_apart_is_told(chain, tmp_path, monkeypatch, spread, warned):
+    run = copy_of(chain, tmp_path / "run", *STAGES[2:])
+    monkeypatch.setattr("model.offline.reward_scores_of_pairs", lambda model, rows, *more: spread * np.random.default_rng(0).normal(size=(len(rows), 2)))
+    message = here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--folds", 1)
+    assert ("the standard deviation of chosen responses' scores is 0.04 log-odds, and PPO divides by it" in message) == warned
+
+
 def test_an_argument_of_a_loss_cannot_take_the_name_of_another_flag(monkeypatch):
     def cut(pairs, *, beta: float = 0.1, clip: float = 1.0):
         """A loss.
