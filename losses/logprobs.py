@@ -22,12 +22,11 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
-def token_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) of each row: logits (N, V), targets (N,) ids -> (N,) float32."""
-    return log_probs(logits, temperature).gather(-1, targets[:, None]).squeeze(-1)
+def token_logps(logps: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) of each row: log-probabilities (N, V), targets (N,) ids -> (N,)."""
+    return logps.gather(-1, targets[:, None]).squeeze(-1)
 
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_v p_v log p_v of each row, in nats: logits (N, V) -> (N,) float32."""
-    logps = log_probs(logits, temperature)
+def entropy(logps: Tensor) -> Tensor:
+    """-sum_v p_v log p_v of each row, in nats: log-probabilities (N, V) -> (N,)."""
     return -(logps.exp() * logps).sum(-1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batches import CHOSEN, PADDING, REJECTED
-from losses.logprobs import entropy, token_logps
+from losses.logprobs import entropy, log_probs, token_logps
 from model.cache import Cache
 from model.packing import last_column, packing
 from model.transformer import ModelConfig, Transformer
@@ -74,19 +74,21 @@ def up_to_last(mask: Tensor) -> Tensor:
 
 def score_tokens(
     hidden: Tensor, tokens: Tensor, response_mask: Tensor, lm_head: nn.Module, temperature: float, *,
-    with_entropy: bool = False, previous: Tensor | None = None,
+    with_entropy: str = "", previous: Tensor | None = None,
 ) -> TokenScores:  # fmt: skip
     """Log-probability, and entropy where asked for, (B, T-1) of the masked tokens, from hidden states (B, T, D) and ids (B, T).
 
+    with_entropy: "value", through which no gradient flows, so that the backward pass has no further (N, V) tensors, or "gradient".
     previous (B, T): the column whose state predicts each token, where that is not the one before it."""
     mask = response_mask[:, 1:]
     targets = tokens[:, 1:][mask]
     states = hidden[:, :-1][mask] if previous is None else hidden[mask.nonzero()[:, 0], previous[:, 1:][mask]]
 
     def chunk_scores(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = lm_head(states)
-        spread = entropy(logits, temperature) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
-        return token_logps(logits, targets, temperature), spread
+        logps = log_probs(lm_head(states), temperature)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and with_entropy == "gradient"):
+            spread = entropy(logps) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
+        return token_logps(logps, targets), spread
 
     if len(states) <= CHUNK:
         parts = [chunk_scores(states, targets)]
@@ -149,13 +151,16 @@ class PolicyWithCritic(nn.Module):
             self.value_head = nn.Linear(policy.config.width, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, *, temperature: float = 1.0, cache: Cache | None = None):
-        """tokens and response_mask (B, T) -> `TokenScores` with values; with a cache it decodes as the policy alone does."""
+    def forward(
+        self, tokens: Tensor, response_mask: Tensor | None = None, *, temperature: float = 1.0, with_entropy: str = "", cache: Cache | None = None
+    ):
+        """tokens and response_mask (B, T) -> `TokenScores` with values, and with entropy as `score_tokens` is asked for it; with a cache it
+        decodes as the policy alone does."""
         if cache is not None:
             return self.policy(tokens, cache=cache)
         real = up_to_last(response_mask)
         hidden = self.policy.trunk(tokens, real=real)
-        scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=True)
+        scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=with_entropy)
         if self.critic is None:
             values = read_scalar(hidden, self.value_head)
         else:

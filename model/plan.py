@@ -49,6 +49,7 @@ class Job:
     samples: int = 0  # responses drawn at a time, over all processes
     passes: int = 1  # over the samples
     own_critic: bool = False
+    entropy_bonus: bool = False
     world: int = 1
     bf16: bool = False
     on_cpu: bool = False  # whose attention is in fp32, under bf16, too
@@ -93,7 +94,8 @@ def plan_job(stage: str, config: ModelConfig, flags, device, limits, world: int)
     return Job(
         stage, config, limits.max_prompt, limits.max_response,
         batch=getattr(flags, "minibatch", None) or flags.batch_size, micro_batch=flags.micro_batch, samples=sampled,
-        passes=getattr(flags, "passes", 1), own_critic=getattr(flags, "critic", "") == "separate", world=world,
+        passes=getattr(flags, "passes", 1), own_critic=getattr(flags, "critic", "") == "separate",
+        entropy_bonus=getattr(flags, "entropy_coef", 0) > 0, world=world,
         bf16=device.dtype == "bf16", on_cpu=device.device == "cpu", fsdp=device.parallel == "fsdp" and world > 1, checkpoint=device.checkpoint_activations,
         offload=device.offload and stage != "sft",
     )  # fmt: skip
@@ -208,7 +210,7 @@ def of_update(job: Job) -> list[Line]:
     saved = trunks * tokens * (c.layers * kept + 12 * c.width)
     backward = tokens * (a * c.feed_forward + (layer_bytes(job) if job.checkpoint else 0))
     scored = rows * job.response * (2 if job.stage == "dpo" else 1)
-    copies = {"rm": 0, "ppo": 7}.get(job.stage, 3)
+    copies = 0 if job.stage == "rm" else 6 if job.entropy_bonus else 3
     logits = 4 * min(scored, CHUNK) * c.vocab_size * copies
     return [  # the backward pass goes through the logits first, and then through the layers
         Line("all", "activations", saved + max(backward - logits, 0), f"{why}, n = {rows} x {job.row}", "update"),
@@ -227,7 +229,7 @@ def of_sampling(job: Job, counts: Counts) -> list[Line]:
         "prompts read at once": rows * job.prompt * per_token,
         "logits of one token each": 20 * rows * c.vocab_size,
         "samples looked at": looked * slots * per_token,
-        "their logits": 4 * min(looked * job.response, CHUNK) * c.vocab_size * (5 if job.stage == "ppo" else 2),
+        "their logits": 8 * min(looked * job.response, CHUNK) * c.vocab_size,
     }
     what = max(read, key=read.get)
     whole = [Line("policy", "gathered whole", a * counts.model, f"{a} P, in place of a gathering per token", "sampling")] if job.fsdp else []

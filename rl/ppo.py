@@ -132,7 +132,10 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
     Source: Schulman et al., arXiv 1707.06347, equation 9, with the sign of a loss."""
     rollout = batch.rollout
     width = int(rollout.lengths[rows].max())  # columns that are padding in all of these rows are left out
-    scored = model(rollout.tokens[rows, :width], rollout.response_mask[rows, :width], temperature=flags.temperature)
+    scored = model(
+        rollout.tokens[rows, :width], rollout.response_mask[rows, :width],
+        temperature=flags.temperature, with_entropy="gradient" if flags.entropy_coef else "value",
+    )  # fmt: skip
     mask, old_logp, ref_logp, old_values, advantages, returns = (
         x[rows, : width - 1] for x in (rollout.mask, rollout.logp, rollout.ref_logp, rollout.values, batch.advantages, batch.returns)
     )
@@ -372,7 +375,7 @@ def train_ppo(
 def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_weights: bool, world: World, saving: Saving) -> None:
     """Raises NumericalError where a number is not finite, or where there is a KL between a policy and a reference of the same weights."""
     # Values: before each response token, and after it, where a bootstrap may read.
-    per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values[:, :-1], rollout.values, rollout.entropy)
+    per_token = (rollout.kl, rollout.logp, rollout.ref_logp, rollout.values[:, :-1], rollout.values)
     good = torch.stack([x.where(m, 0.0).isfinite().all(dim=1) for x in per_token for m in [rollout.response_mask[:, -x.shape[1] :]]]).all(dim=0)
     good &= rollout.scores.isfinite()
     if world.any(not bool(good.all())) or not all(map(math.isfinite, numbers.values())):

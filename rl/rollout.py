@@ -45,7 +45,6 @@ class Rollout:
     logp: Tensor  # (B, T-1) of the policy that sampled
     ref_logp: Tensor  # (B, T-1)
     kl: Tensor  # (B, T-1) k1 = logp - ref_logp, 0 off the mask
-    entropy: Tensor  # (B, T-1)
     values: Tensor  # (B, T)
 
     @property
@@ -117,7 +116,11 @@ def roll_out(
         return [torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True)]
 
     # 2. what the policy and its critic say of it
-    logp, entropy, values = in_parts(lambda x, mask, _: policy(x, mask, temperature=sampling.temperature))
+    def of_policy(x: Tensor, mask: Tensor, _) -> tuple[Tensor, Tensor]:
+        said = policy(x, mask, temperature=sampling.temperature)
+        return said.logp, said.values
+
+    logp, values = in_parts(of_policy)
     lap("policy")
     # 3. what the reference says of it
     with at_hand(ref, world):
@@ -130,4 +133,4 @@ def roll_out(
     lap("score")
     # 5. how far the policy has gone from the reference
     kl = k1(logp, ref_logp, response_mask[:, 1:])
-    return Rollout(tokens, response_mask, ended, lengths, scores, raw_scores, logp, ref_logp, kl, entropy, values), seconds
+    return Rollout(tokens, response_mask, ended, lengths, scores, raw_scores, logp, ref_logp, kl, values), seconds

@@ -148,7 +148,7 @@ def full_batch(rows: int, prompt: int, response: int) -> Batch:
     """Rows of full length, for an update that has nothing to learn."""
     width, tokens = prompt + response, torch.ones(rows, prompt + response, dtype=torch.long)
     mask, ones, zeros = (torch.arange(width) >= prompt).expand(rows, -1), torch.ones(rows, dtype=torch.bool), torch.zeros(rows, width - 1)
-    rollout = Rollout(tokens, mask, ones, torch.full((rows,), width), zeros[:, 0], zeros[:, 0], zeros, zeros, zeros, zeros, torch.zeros(rows, width))
+    rollout = Rollout(tokens, mask, ones, torch.full((rows,), width), zeros[:, 0], zeros[:, 0], zeros, zeros, zeros, torch.zeros(rows, width))
     return Batch(rollout, zeros, zeros)
 
 

@@ -114,6 +114,20 @@ def with_values(separate: bool) -> Work:
     return work
 
 
+def with_entropy(way: str) -> Work:
+    """The same with the entropy of every token, as a number alone or through its gradient, as PPO's update has it without and with a bonus."""
+    model = PolicyWithCritic(fresh(LanguageModel), None)
+    tokens, mask = batch()
+
+    def work() -> float:
+        scores = model(tokens, mask, with_entropy=way)
+        (scores.logp.sum() - (0.0 * scores.entropy.sum() if way == "gradient" else 0.0)).backward()
+        model.zero_grad()
+        return float(scores.entropy.detach().sum())
+
+    return work
+
+
 def optimising(fused: bool) -> Work:
     """AdamW's step on gradients that are always the same; returns the sum of the weights."""
     model = fresh(LanguageModel)
@@ -159,6 +173,7 @@ def shortcuts() -> list[Callable[[], Shortcut]]:
         lambda: Shortcut("logits of response tokens alone", training(), training(read=of_everything)),
         lambda: Shortcut(f"those in chunks of 256 tokens (default: {CHUNK:,})", training(chunk=256), training()),
         lambda: Shortcut("policy and value on one trunk", with_values(separate=False), with_values(separate=True)),
+        lambda: Shortcut("entropy without a gradient where there is no bonus", with_entropy("value"), with_entropy("gradient")),
         lambda: Shortcut("layers computed again in the backward pass", training(again=True), training()),
         lambda: Shortcut("fused AdamW, against one kernel per operation", optimising(fused=True), optimising(fused=False)),
         lambda: Shortcut("decoding with a cache, 16 rows", decoding(ROWS), decoding(ROWS, cached=False)),

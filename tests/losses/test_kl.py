@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from losses.kl import KL_PLACEMENTS, REFUSED_PLACEMENTS, check_kl_placement, exact_kl, k1, k2, k3
-from losses.logprobs import token_logps
+from losses.logprobs import log_probs, token_logps
 
 POLICY, REFERENCE = [1.0, 0.2, -0.5, 0.0], [0.0, 0.5, 0.3, -0.8]
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "forward_k3": k3}
@@ -29,8 +29,8 @@ def four_tokens():
     """The policy's logits, its probabilities as weights, and both log-probabilities of each of the four tokens."""
     logits = torch.tensor(POLICY, requires_grad=True)
     every_token = torch.arange(4)
-    logp = token_logps(logits.expand(4, 4), every_token)
-    ref_logp = token_logps(torch.tensor(REFERENCE).expand(4, 4), every_token)
+    logp = token_logps(log_probs(logits.expand(4, 4)), every_token)
+    ref_logp = token_logps(log_probs(torch.tensor(REFERENCE).expand(4, 4)), every_token)
     return logits, logp.detach().exp(), logp, ref_logp
 
 

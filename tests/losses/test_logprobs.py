@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from losses.logprobs import entropy, token_logps
+from losses import logprobs
+from losses.logprobs import entropy, log_probs
+
+
+def token_logps(logits, targets, temperature=1.0):
+    return logprobs.token_logps(log_probs(logits, temperature), targets)
 
 
 def sharp_bfloat16_logits(rows=256, vocabulary=500):
@@ -50,7 +55,7 @@ def test_entropy_is_that_of_the_scaled_distribution(temperature):
         probabilities = [weight / sum(weights) for weight in weights]
         return -sum(p * math.log(p) for p in probabilities if p > 0)
 
-    result = entropy(torch.tensor(rows), temperature)
+    result = entropy(log_probs(torch.tensor(rows), temperature))
     assert result.dtype == torch.float32
     assert result.tolist() == pytest.approx([brute_force(row) for row in rows], abs=1e-6)
     assert result[1].item() == pytest.approx(math.log(4))
@@ -58,7 +63,7 @@ def test_entropy_is_that_of_the_scaled_distribution(temperature):
 
 def test_entropy_has_a_finite_gradient_where_it_is_zero():
     logits = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
-    entropy(logits).sum().backward()
+    entropy(log_probs(logits)).sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses.logprobs import token_logps
+from losses.logprobs import log_probs, token_logps
 from losses.masked import masked_sum
 from losses.sft import sft_loss
 
@@ -15,7 +15,7 @@ def test_exact_on_a_markov_chain_with_known_transitions():
     transitions = torch.tensor([[1 / 8, 3 / 8, 1 / 2], [1 / 4, 1 / 2, 1 / 4], [5 / 8, 1 / 8, 1 / 4]])
     tokens, response_mask = torch.tensor([[0, 1, 2, 0]]), torch.tensor([[False, False, True, True]])
     logits = transitions.log()[tokens][:, :-1]  # a model that says: given x_t, x_{t+1} is distributed like row x_t
-    logp = token_logps(logits.flatten(0, 1), tokens[:, 1:].flatten()).view(1, 3)
+    logp = token_logps(log_probs(logits.flatten(0, 1)), tokens[:, 1:].flatten()).view(1, 3)
     loss = sft_loss(logp, response_mask[:, 1:])
     assert loss[0].tolist() == pytest.approx([0, math.log(4), math.log(8 / 5)])  # 1 -> 2, 2 -> 0; the prompt counts nothing
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from peak import Peak
 from small import ALONE, BOS, CONFIG, CPU, EOS, PAD, loud, ragged_pairs, ragged_rows
 
 from data.batches import PairRow, Row
@@ -62,14 +63,29 @@ def test_entropy_is_that_of_the_scaled_distribution(chunk, monkeypatch):
     monkeypatch.setattr(heads, "CHUNK", chunk)
     model = loud(LanguageModel)
     tokens, mask = to_tensors(ragged_rows(4), PAD, CPU)
-    scores = score_tokens(model.trunk(tokens), tokens, mask, model.lm_head, 0.7, with_entropy=True)
+    scores = score_tokens(model.trunk(tokens), tokens, mask, model.lm_head, 0.7, with_entropy="gradient")
     probabilities = (model(tokens)[:, :-1] / 0.7).softmax(dim=-1)
     plain = torch.where(mask[:, 1:], -(probabilities * probabilities.log()).sum(dim=-1), 0.0)
     found, gradient = value_and_gradient(model, scores.entropy)
     expected, expected_gradient = value_and_gradient(model, plain)
     assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5
     assert (gradient - expected_gradient).abs().max() < 1e-5 * expected_gradient.abs().max()
+    alone = score_tokens(model.trunk(tokens), tokens, mask, model.lm_head, 0.7, with_entropy="value")
+    assert torch.equal(alone.entropy, scores.entropy) and not alone.entropy.requires_grad and alone.logp.requires_grad
     assert model(tokens, mask).entropy is None
+
+
+def test_an_entropy_without_gradient_keeps_no_logits_for_the_backward_pass():
+    """In numbers of all logits, R V: log-probabilities, the gradient at them and at the logits; with a bonus the entropy's products, too."""
+    tokens, mask = torch.randint(4, 8000, (4, 40)), torch.ones(4, 40, dtype=torch.bool)
+    model, most = PolicyWithCritic(LanguageModel(replace(CONFIG, vocab_size=8000)), None), {}
+    for way in ("", "value", "gradient"):
+        with Peak() as peak:
+            scores = model(tokens, mask, with_entropy=way)
+            (scores.logp.sum() + (scores.entropy.sum() if way == "gradient" else 0)).backward()
+        model.zero_grad()
+        most[way] = peak.most / (4 * 39 * 4 * 8000)
+    assert most == pytest.approx({"": 3, "value": 3, "gradient": 6}, rel=0.15)
 
 
 def test_rows_with_an_empty_mask_score_0_and_change_nothing():
@@ -155,7 +171,8 @@ def test_a_value_head_stands_on_the_trunk_and_starts_at_0():
     assert scores.values.shape == tokens.shape and scores.values.dtype == torch.float32
     assert (scores.values == 0).all()
     assert torch.equal(scores.logp, policy(tokens, mask, temperature=0.7).logp)
-    assert scores.entropy.shape == scores.logp.shape
+    assert scores.entropy is None
+    assert model(tokens, mask, with_entropy="value").entropy.shape == scores.logp.shape
     torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
     values, real = model(tokens, mask).values, up_to_last(mask)
     assert torch.allclose(values[real], (policy.trunk(tokens) @ model.value_head.weight[0])[real], atol=1e-5) and (values[~real] == 0).all()

@@ -16,7 +16,7 @@ from rl import ppo
 from rl.ppo import Batch, check_ppo_flags, explained_variance, make_batch, minibatch_loss, update
 
 NAN = float("nan")
-LENGTHY = ("kl", "logp", "ref_logp", "entropy", "values")
+LENGTHY = ("kl", "logp", "ref_logp", "values")
 
 
 class Recorder(torch.optim.SGD):

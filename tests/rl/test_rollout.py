@@ -7,7 +7,6 @@ import pytest
 import torch
 from toy import ALONE, BOS, CONFIG, EOS, PAD, V, Count, bigram, chain, loud, models, prompts_of, responses_of, rollout_of, with_values
 
-from losses.logprobs import entropy
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from rl.ppo import summary
 from rl.rewards import token_rewards
@@ -83,7 +82,8 @@ def test_empty_is_an_end_token_alone_and_not_one_token_that_was_cut():
 def test_log_probabilities_entropy_and_kl_by_table(temperature):
     generator = torch.Generator().manual_seed(0)
     table, other = torch.randn(2, V, V, generator=generator)
-    rollout = rollout_of(with_values(bigram(table)), bigram(other), Count(), prompts_of(6), temperature=temperature, max_new_tokens=5)
+    policy = with_values(bigram(table))
+    rollout = rollout_of(policy, bigram(other), Count(), prompts_of(6), temperature=temperature, max_new_tokens=5)
     read, said = rollout.tokens[:, :-1], rollout.tokens[:, 1:]
     mask = rollout.mask
     logp, ref_logp = ((t / temperature).log_softmax(-1)[read, said] for t in (table, other))
@@ -91,7 +91,8 @@ def test_log_probabilities_entropy_and_kl_by_table(temperature):
     for found, expected in ((rollout.logp, logp), (rollout.ref_logp, ref_logp), (rollout.kl, logp - ref_logp)):
         assert (found - expected)[mask].abs().max() < 1e-5 and not found[~mask].any()
     p = (table / temperature).softmax(-1)
-    assert (rollout.entropy - (-(p * p.log()).sum(-1))[read])[mask].abs().max() < 1e-5
+    entropy = policy(rollout.tokens, rollout.response_mask, temperature=temperature, with_entropy="value").entropy
+    assert (entropy - (-(p * p.log()).sum(-1))[read])[mask].abs().max() < 1e-5
 
 
 def test_temperature_is_that_of_the_sampling_too():
@@ -139,7 +140,6 @@ def test_old_log_probabilities_are_those_of_full_logits():
             logps = (model(alone[None])[0, :-1].double() / 0.7).log_softmax(-1).gather(-1, alone[1:, None])[:, 0]
             mask = rollout.mask[row, : length - 1]
             assert (logps[mask] - found[row, : length - 1][mask]).abs().max() < 1e-5
-    assert (entropy(policy.policy(rollout.tokens[:1])[0, :-1], 0.7) - rollout.entropy[0])[rollout.mask[0]].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
