@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.batches import CHOSEN, PADDING, REJECTED
+from data.batches import CHOSEN, REJECTED
 from losses.logprobs import entropy, log_probs, token_logps
 from model.cache import Cache
 from model.packing import last_column, packing
@@ -23,7 +23,8 @@ CHUNK = 4096  # response tokens whose logits exist at a time
 
 class TokenScores(NamedTuple):
     """What a policy says of given tokens. Column t of `logp` and `entropy` (B, T-1) is about token t+1, 0 off the mask; entropy only
-    where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t, anything on padding."""
+    where asked for. `values` (B, T), where there is a critic: column t is V after reading tokens 0..t, from before the
+    response's first token to after its last; anything elsewhere."""
 
     logp: Tensor
     entropy: Tensor | None = None
@@ -56,20 +57,32 @@ class LanguageModel(nn.Module):
         With response_mask (B, T) bool: `TokenScores` of the masked tokens, all of them at one `temperature`; with parts (B, T), of packed pairs.
         With a cache: logits (B, V) for the token that follows each row's last real one.
         """
-        layout = None if parts is None else packing(parts)
-        hidden = self.trunk(tokens, cache, layout, None if response_mask is None else up_to_last(response_mask))
         if cache is not None:
+            prompts = cache.filled == 0
+            last = states_at(self.trunk, tokens, cache.prompt_lengths[:, None] - 1, cache=cache) if prompts else self.trunk(tokens, cache)
             cache.advance()
-            last = cache.lengths - 1 if hidden.shape[1] > 1 else torch.zeros_like(cache.lengths)
-            return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+            return self.lm_head(last[:, 0])
         if response_mask is None:
-            return self.lm_head(hidden)
-        return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature, previous=None if layout is None else layout.previous)
+            return self.lm_head(self.trunk(tokens))
+        layout = None if parts is None else packing(parts)
+        previous = None if layout is None else layout.previous
+        hidden = self.trunk(tokens, packing=layout, read=predicting(response_mask, previous))
+        return score_tokens(hidden, tokens, response_mask, self.lm_head, temperature, previous=previous)
 
 
-def up_to_last(mask: Tensor) -> Tensor:
-    """(B, T) bool -> True up to each row's last True: what comes after cannot be seen from there."""
-    return mask.flip(1).cumsum(1).flip(1) > 0
+def states_at(trunk: Transformer, tokens: Tensor, columns: Tensor, **more) -> Tensor:
+    """The trunk's states at some columns (B, n) of tokens (B, T), for which alone it works where it can: (B, n, D)."""
+    hidden = trunk(tokens, read=torch.zeros_like(tokens, dtype=torch.bool).scatter(1, columns, True), **more)
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], columns]
+
+
+def predicting(response_mask: Tensor, previous: Tensor | None = None) -> Tensor:
+    """(B, T) bool: the columns whose states predict the masked tokens; previous as in `score_tokens`."""
+    if previous is None:
+        return F.pad(response_mask[:, 1:], (0, 1))
+    read, mask = torch.zeros_like(response_mask), response_mask[:, 1:]
+    read[mask.nonzero()[:, 0], previous[:, 1:][mask]] = True
+    return read
 
 
 def score_tokens(
@@ -117,22 +130,15 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.width, 1, bias=False)
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None, parts: Tensor | None = None, *, real: Tensor | None = None
+        self, tokens: Tensor, lengths: Tensor | None = None, parts: Tensor | None = None, *, read: Tensor | None = None
     ) -> Tensor:
-        """tokens (B, T) -> one number per token (B, T), of real (B, T) ones alone where given; or with lengths (B,) the one at each row's last
-        real token (B,), or with parts (B, T) those at the ends of both responses of packed pairs (B, 2), chosen first; float32."""
-        layout = None
-        if parts is not None:
-            layout, real = packing(parts), parts < PADDING
-        if lengths is not None:
-            real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = self.trunk(tokens, packing=layout, real=real)
-        if parts is not None:
-            ends = torch.stack([last_column(parts, CHOSEN), last_column(parts, REJECTED)], dim=1)
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], ends]
-        if lengths is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        return read_scalar(hidden, self.score)
+        """tokens (B, T) -> one number per token (B, T), of those to read (B, T) alone where given; or with lengths (B,) the one at each row's
+        last real token (B,), or with parts (B, T) those at the ends of both responses of packed pairs (B, 2), chosen first; float32."""
+        if lengths is None and parts is None:
+            return read_scalar(self.trunk(tokens, read=read), self.score)
+        ends = lengths[:, None] - 1 if parts is None else torch.stack([last_column(parts, part) for part in (CHOSEN, REJECTED)], dim=1)
+        scores = read_scalar(states_at(self.trunk, tokens, ends, packing=None if parts is None else packing(parts)), self.score)
+        return scores.squeeze(1) if parts is None else scores
 
 
 class PolicyWithCritic(nn.Module):
@@ -158,11 +164,11 @@ class PolicyWithCritic(nn.Module):
         decodes as the policy alone does."""
         if cache is not None:
             return self.policy(tokens, cache=cache)
-        real = up_to_last(response_mask)
-        hidden = self.policy.trunk(tokens, real=real)
+        read = response_mask | predicting(response_mask)  # a value before each token of the response, and after it
+        hidden = self.policy.trunk(tokens, read=read)
         scores = score_tokens(hidden, tokens, response_mask, self.policy.lm_head, temperature, with_entropy=with_entropy)
         if self.critic is None:
             values = read_scalar(hidden, self.value_head)
         else:
-            values = (self.critic(tokens, real=real) - self.score_mean) / self.score_std
+            values = (self.critic(tokens, read=read) - self.score_mean) / self.score_std
         return scores._replace(values=values)

@@ -67,6 +67,11 @@ class Job:
         """Tokens of a training row: a pair has both responses."""
         return self.prompt + self.response * (2 if self.stage in ("rm", "dpo") else 1)
 
+    @property
+    def read(self) -> int:
+        """Tokens of a training row whose last states are read: those that predict, with a critic also the last, or the ends of both responses."""
+        return {"sft": self.response, "rm": 2, "dpo": 2 * self.response, "ppo": self.response + 1}[self.stage]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -191,13 +196,14 @@ def of_frozen(name: str, parameters: int, job: Job, counts: Counts) -> list[Line
     return [replace(line, when=ON_CPU), *copies]
 
 
-def layer_bytes(job: Job) -> float:
-    """What one layer keeps of one token for the backward pass."""
+def layer_bytes(job: Job) -> tuple[float, float]:
+    """What one layer keeps of one token for the backward pass: up to attention, and after it, which the last layer does for the tokens
+    that are read alone."""
     c, a = job.config, 2 if job.bf16 else 4
     keys = c.kv_heads * c.head_size
     mask = a * job.row if job.stage in ("rm", "dpo") else 0  # a packed pair's, as numbers
     twice = 2 * (3 * c.width + 2 * keys) + mask if job.bf16 and job.on_cpu else 0  # attention's part in fp32, and its result in bf16, too
-    return 4 * 4 * c.width + a * (5 * c.width + 3 * keys + 4 * c.feed_forward) + 4 * c.heads + 8 + mask + twice
+    return 8 * c.width + a * (3 * c.width + 3 * keys) + 4 * c.heads + 4 + mask + twice, 8 * c.width + a * (2 * c.width + 4 * c.feed_forward) + 4
 
 
 def of_update(job: Job) -> list[Line]:
@@ -205,15 +211,19 @@ def of_update(job: Job) -> list[Line]:
     c, a = job.config, 2 if job.bf16 else 4
     rows = min(job.micro_batch, -(-job.batch // job.world))
     tokens, trunks = rows * job.row, 2 if job.own_critic else 1
-    kept = 4 * c.width if job.checkpoint else layer_bytes(job)
-    why = "n L (16 D + a (5 D + 3 K E + 4 F) + ...)" if not job.checkpoint else "n (4 L D) + one layer's n (16 D + a (5 D + 3 K E + 4 F) + ...)"
-    saved = trunks * tokens * (c.layers * kept + 12 * c.width)
-    backward = tokens * (a * c.feed_forward + (layer_bytes(job) if job.checkpoint else 0))
+    before, after = layer_bytes(job)
+    if job.checkpoint:
+        why, kept = "n (4 L D) + one layer's n (16 D + a (5 D + 3 K E + 4 F) + ...)", tokens * c.layers * 4 * c.width
+    else:
+        why = "n L (16 D + a (5 D + 3 K E + 4 F) + ...) - (n - m) (8 D + a (2 D + 4 F)) of the last layer"
+        kept = tokens * c.layers * (before + after) - rows * (job.row - job.read) * after
+    saved = trunks * (kept + tokens * 12 * c.width)
+    backward = tokens * (a * c.feed_forward + (before + after if job.checkpoint else 0))
     scored = rows * job.response * (2 if job.stage == "dpo" else 1)
     copies = 0 if job.stage == "rm" else 6 if job.entropy_bonus else 3
     logits = 4 * min(scored, CHUNK) * c.vocab_size * copies
     return [  # the backward pass goes through the logits first, and then through the layers
-        Line("all", "activations", saved + max(backward - logits, 0), f"{why}, n = {rows} x {job.row}", "update"),
+        Line("all", "activations", saved + max(backward - logits, 0), f"{why}, n = {rows} x {job.row}" + (f", m = {rows} x {job.read}" if " m" in why else ""), "update"),
         Line("all", "logits", logits, f"4 R V x {copies} copies, R = min({scored}, {CHUNK})", "update"),
     ]
 
@@ -270,19 +280,20 @@ def flops(job: Job) -> dict[str, float]:
     """Floating-point operations of one optimiser step (PPO: of one round), over all processes: two per multiplication and addition."""
     c, counts = job.config, Counts.of(job.config)
     matrices = counts.layer * c.layers - 2 * c.width * c.layers
+    last = c.width**2 + 3 * c.width * c.feed_forward  # of the last layer, after its attention
 
-    def forward(rows: int, length: int, scored: int) -> float:
+    def forward(rows: int, length: int, read: int, scored: int) -> float:
         attention = 4 * c.layers * c.width * length**2 / 2  # causal: half of the pairs
-        return rows * (2 * matrices * length + attention + 2 * scored * c.vocab_size * c.width)
+        return rows * (2 * (matrices * length - last * (length - read)) + attention + 2 * scored * c.vocab_size * c.width)
 
     again = 1 if job.checkpoint else 0
     scored = {"sft": job.response, "rm": 0, "dpo": 2 * job.response, "ppo": job.response}[job.stage]
     if job.stage != "ppo":
-        return {"update": (3 + again) * forward(job.batch, job.row, scored)}
-    look = forward(job.samples, job.row, scored)
-    trunk = forward(job.samples, job.row, 0)
-    own = trunk if job.own_critic else 0.0
-    return {"sampling": look, "policy, reference and reward model look": 2 * look + trunk + own, "updates": job.passes * (3 + again) * (look + own)}
+        seen = job.row - (job.stage != "rm")  # a row's last token predicts nothing
+        return {"update": (3 + again) * forward(job.batch, seen, job.read, scored)}
+    look, judge = forward(job.samples, job.row, job.read, scored), forward(job.samples, job.row, 1, 0)
+    own = forward(job.samples, job.row, job.read, 0) if job.own_critic else 0.0
+    return {"sampling": look, "policy, reference and reward model look": 2 * look + judge + own, "updates": job.passes * (3 + again) * (look + own)}
 
 
 # ---- what would make it fit

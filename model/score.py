@@ -20,7 +20,7 @@ from data.errors import CheckpointError
 from data.files import read_json, write_json
 from losses.kl import exact_kl
 from losses.masked import masked_sum
-from model.heads import LanguageModel, up_to_last
+from model.heads import LanguageModel, predicting
 from model.parallel import World, at_hand
 
 READ_AT_ONCE = 32  # pairs
@@ -114,8 +114,8 @@ def sequence_kls(
 
     def read(part: Sequence[Row]) -> Tensor:
         tokens, mask = to_tensors(part, pad_id, world.device)
-        real, mask = up_to_last(mask), mask[:, 1:]  # column t is about token t+1
-        pieces = zip(*(m.trunk(tokens, real=real)[:, :-1][mask].split(positions) for m in (model, *refs)), strict=True)
+        read, mask = predicting(mask), mask[:, 1:]  # column t is about token t+1
+        pieces = zip(*(m.trunk(tokens, read=read)[:, :-1][mask].split(positions) for m in (model, *refs)), strict=True)
         kl = torch.cat([per_token(own, others) for own, *others in pieces])
         return torch.stack([kl.new_zeros(mask.shape).masked_scatter(mask, column).sum(dim=1) for column in kl.T], dim=1)
 

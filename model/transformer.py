@@ -1,9 +1,9 @@
 """The decoder: LLaMA's architecture in plain PyTorch, and the sizes it comes in.
 
 RMSNorm before each block, rotary positions, grouped-query attention, a SwiGLU feed-forward, no biases, no dropout. Rows are padded on
-the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. Told which
-tokens are real, everything but attention leaves padding out. With a `Cache` (model/cache.py) the same code prefills prompts and decodes one
-token per row. Query, key and value share one matrix, as do the feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits
+the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. Told whose
+states are read, everything but attention leaves out padding, and the last layer after its attention all but those tokens. With a `Cache`
+(model/cache.py) the same code prefills prompts and decodes one token per row. Query, key and value share one matrix, as do the feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits
 them into Hugging Face's names on disk.
 
 Source: Touvron et al., arXiv 2302.13971; RMSNorm is Zhang and Sennrich, arXiv 1910.07467, grouped queries Ainslie et al., arXiv 2305.13245.
@@ -110,26 +110,33 @@ def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor
 
 @dataclass(frozen=True)
 class Places:
-    """Where the N real tokens of a padded batch (B, T) are: their numbers in the flattened batch (N,), and its shape."""
+    """Where N tokens of a batch (B, T) are: their numbers in the flattened batch (N,), and its shape."""
 
     numbers: Tensor
     shape: torch.Size
 
     def spread(self, x: Tensor) -> Tensor:
-        """(N, D) -> (B, T, D), with zeros for padding."""
+        """(N, D) -> (B, T, D), with zeros for all others."""
         return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.numbers, x).unflatten(0, self.shape)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D)."""
         return x.flatten(0, 1).index_select(0, self.numbers)
 
+    def among(self, others: "Places | None", x: Tensor) -> Tensor:
+        """The (N, D) of these tokens out of the x (M, D) of others, of which they are some; or of all, (B, T, D)."""
+        return self.gather(x) if others is None else x.index_select(0, torch.searchsorted(others.numbers, self.numbers))
 
-def places_of(real: Tensor | None) -> Places | None:
-    """Those of a mask (B, T), or None where there is no padding."""
-    if real is None:
-        return None
-    numbers = real.flatten().nonzero().squeeze(1)
-    return Places(numbers, real.shape) if len(numbers) < real.numel() else None
+
+def places_of(mask: Tensor) -> Places | None:
+    """Those of a mask (B, T), or None where it is True everywhere."""
+    numbers = mask.flatten().nonzero().squeeze(1)
+    return Places(numbers, mask.shape) if len(numbers) < mask.numel() else None
+
+
+def up_to_last(mask: Tensor) -> Tensor:
+    """(B, T) bool -> True up to each row's last True."""
+    return mask.flip(1).cumsum(1).flip(1) > 0
 
 
 class Attention(nn.Module):
@@ -142,10 +149,11 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, cache: Cache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, cache: Cache | None, layer: int
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or with places (N, D) -> (N, D). Causal without a mask; mask (B, 1, T, T) says which keys (last) a query
-        may see. A cache that holds tokens already means decoding: T is 1 and each row attends to what it holds."""
+        """x (B, T, D), or with places (N, D), to the same, or with read to the (M, D) of those tokens. Causal without a mask; mask
+        (B, 1, T, T) says which keys (last) a query may see. A cache that holds tokens already means decoding: T is 1 and each row attends
+        to what it holds."""
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x) if places is None else places.spread(self.qkv(x))
         if cache is None and qkv.device.type == "cpu":
@@ -160,7 +168,8 @@ class Attention(nn.Module):
             else:
                 mixed = attend_to_cache(query, *held)
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self.output(mixed if places is None else places.gather(mixed))
+        kept = read or places
+        return self.output(mixed if kept is None else kept.gather(mixed))
 
 
 class FeedForward(nn.Module):
@@ -187,9 +196,10 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, cache: Cache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, cache: Cache | None, layer: int
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, places, cache, layer)
+        mixed = self.attention(self.attention_norm(x), rope, mask, places, read, cache, layer)
+        x = (x if read is None else read.among(places, x)) + mixed
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -206,24 +216,27 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
 
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None, real: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | None = None, packing: Packing | None = None, read: Tensor | None = None
     ) -> Tensor:
-        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands. real
-        (B, T) bool marks the tokens to compute, and must be True on all that these attend to; the states of the others are 0."""
+        """tokens (B, T) -> hidden states (B, T, D) after the last norm; with a cache, tokens continue each row where it stands. read
+        (B, T) bool marks the tokens whose states are asked for, and those of the others are 0: what comes after a row's last one cannot be
+        seen from there, and is left out; to what the last layer makes nobody attends, so it makes only theirs."""
         start = 0 if cache is None else cache.lengths[:, None]
         positions = start + torch.arange(tokens.shape[1], device=tokens.device) if packing is None else packing.positions  # (T,) or (B, T)
         mask = None if packing is None else packing.mask
         cos, sin = rotary(positions, self.config)
         if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, E): one set of angles for all heads
-        places = places_of(real)
+        places, asked = (None, None) if read is None else (places_of(up_to_last(read)), places_of(read))
         x = self.embedding(tokens if places is None else tokens.flatten()[places.numbers])
         for index, layer in enumerate(self.layers):
+            own = asked if index + 1 == len(self.layers) else None
             if self.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(layer, x, (cos, sin), mask, places, None, index, use_reentrant=False)
+                x = checkpoint(layer, x, (cos, sin), mask, places, own, None, index, use_reentrant=False)
             else:
-                x = layer(x, (cos, sin), mask, places, cache, index)
-        return self.norm(x) if places is None else places.spread(self.norm(x))
+                x = layer(x, (cos, sin), mask, places, own, cache, index)
+        made = asked or places
+        return self.norm(x) if made is None else made.spread(self.norm(x))
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""What sharing the prompt and leaving out padding save: a training step of the reward model and of DPO, with pairs as two rows, packed into one,
-and packed while padding is computed, too, in turn.
+"""What sharing the prompt, leaving out padding, and a last layer that makes only the states that are read save: a training step of the reward
+model and of DPO, as it is, and without one of the three, in turn.
 
     python tests/bench/packing.py [--repeats 7] [--prompt 96] [--response 48] [--pairs 16] [--size mini] [--threads N]
 
@@ -25,7 +25,7 @@ from losses.masked import masked_sum  # noqa: E402
 from losses.reward import reward_loss  # noqa: E402
 from model.heads import LanguageModel, ScalarModel  # noqa: E402
 from model.score import pair_logps, pair_tensors, row_lengths, to_tensors  # noqa: E402
-from model.transformer import ModelConfig, initialise, sized  # noqa: E402
+from model.transformer import ModelConfig, initialise, places_of, sized, up_to_last  # noqa: E402
 
 VOCAB, PAD, CPU = 4096, 3, torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)  # of other scripts: 8.4M parameters
@@ -58,7 +58,12 @@ def separate(model, pairs: list[PairRow]) -> torch.Tensor:
 
 
 def with_padding(model, pairs: list[PairRow]) -> torch.Tensor:
-    with patch("model.transformer.places_of", lambda real: None):
+    with patch("model.transformer.places_of", lambda mask: None if torch.equal(mask, up_to_last(mask)) else places_of(mask)):
+        return packed(model, pairs)
+
+
+def whole_last_layer(model, pairs: list[PairRow]) -> torch.Tensor:
+    with patch("model.transformer.places_of", lambda mask: places_of(mask) if torch.equal(mask, up_to_last(mask)) else None):
         return packed(model, pairs)
 
 
@@ -89,15 +94,15 @@ def main() -> None:
     for name, kind in (("reward model", ScalarModel), ("DPO", LanguageModel)):
         model = kind(sized(flags.size, VOCAB))
         initialise(model, 0)
-        ways = (packed, with_padding, separate)
+        ways = (packed, whole_last_layer, with_padding, separate)
         losses = [step(model, read, pairs)[0] for read in ways]
         assert max(losses) - min(losses) < 1e-4 * abs(losses[0]), losses
         times = [[step(model, read, pairs)[1] for read in ways] for _ in range(flags.repeats)]
         medians = [f"{1e3 * statistics.median(column):.0f}" for column in zip(*times, strict=True)]
-        ratios = [f"{statistics.median(row[i] / row[0] for row in times):.2f}" for i in (1, 2)]
+        ratios = [f"{statistics.median(row[i] / row[0] for row in times):.2f}" for i in (1, 2, 3)]
         rows.append((name, *medians, *ratios))
     print(f"{flags.pairs} pairs, prompts to {flags.prompt}, responses to {flags.response} tokens, size {flags.size}, {torch.get_num_threads()} threads\n")
-    print(markdown_table(["step", "packed, ms", "with padding, ms", "two rows, ms", "with padding / packed", "two rows / packed"], rows))
+    print(markdown_table(["step", "as it is, ms", "whole last layer, ms", "with padding, ms", "two rows, ms", "whole last layer", "with padding", "two rows"], rows))
 
 
 if __name__ == "__main__":

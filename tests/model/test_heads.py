@@ -11,8 +11,10 @@ from small import ALONE, BOS, CONFIG, CPU, EOS, PAD, loud, ragged_pairs, ragged_
 from data.batches import PairRow, Row
 from losses.reward import reward_loss
 from model import heads
-from model.heads import LanguageModel, PolicyWithCritic, ScalarModel, score_tokens, up_to_last
+from model.heads import LanguageModel, PolicyWithCritic, ScalarModel, predicting, score_tokens
+from model.packing import packing
 from model.score import pair_tensors, row_lengths, to_tensors
+from model.transformer import up_to_last
 
 
 def plain_logps(model, tokens, mask, temperature=1.0):
@@ -160,6 +162,13 @@ def test_a_mask_up_to_its_last_true():
     assert up_to_last(mask).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
+def test_the_states_that_predict_the_response():
+    """Those before its tokens; of a packed pair the prompt's end predicts the first of both."""
+    assert predicting(torch.tensor([[False, False, True, True, False], [False] * 5])).int().tolist() == [[0, 1, 1, 0, 0], [0] * 5]
+    parts = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 3]])
+    assert predicting((parts == 1) | (parts == 2), packing(parts).previous).int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+
+
 # ---- policy with critic
 
 
@@ -174,8 +183,8 @@ def test_a_value_head_stands_on_the_trunk_and_starts_at_0():
     assert scores.entropy is None
     assert model(tokens, mask, with_entropy="value").entropy.shape == scores.logp.shape
     torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-    values, real = model(tokens, mask).values, up_to_last(mask)
-    assert torch.allclose(values[real], (policy.trunk(tokens) @ model.value_head.weight[0])[real], atol=1e-5) and (values[~real] == 0).all()
+    values, read = model(tokens, mask).values, mask | predicting(mask)
+    assert torch.allclose(values[read], (policy.trunk(tokens) @ model.value_head.weight[0])[read], atol=1e-5) and (values[~read] == 0).all()
     values.sum().backward()
     assert policy.trunk.embedding.weight.grad.abs().sum() > 0 and policy.lm_head.weight.grad is None
 
@@ -185,8 +194,8 @@ def test_a_separate_critic_shares_nothing_with_the_policy():
     model = PolicyWithCritic(policy, critic)
     tokens, mask = to_tensors(ragged_rows(4), PAD, CPU)
     scores = model(tokens, mask)
-    real = up_to_last(mask)
-    assert torch.allclose(scores.values[real], critic(tokens)[real], atol=1e-5) and torch.equal(scores.logp, policy(tokens, mask).logp)
+    read = mask | predicting(mask)
+    assert torch.allclose(scores.values[read], critic(tokens)[read], atol=1e-5) and torch.equal(scores.logp, policy(tokens, mask).logp)
     assert not any(name.startswith("value_head") for name, _ in model.named_parameters())
     scores.values.sum().backward(retain_graph=True)
     assert all(parameter.grad is None or (parameter.grad == 0).all() for parameter in policy.parameters())

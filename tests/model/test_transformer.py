@@ -104,32 +104,36 @@ def test_a_later_token_changes_only_what_comes_after_it():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_leaving_padding_out_changes_neither_states_nor_gradients(packed, recompute):
-    """Ragged rows; packed: each with a prompt and two responses."""
+@pytest.mark.parametrize("asked", ["all", "some", "one"])
+def test_leaving_out_what_is_not_read_changes_neither_states_nor_gradients(asked, packed, recompute):
+    """Ragged rows, packed: each with a prompt and two responses. Read are all real tokens, some (of one row none), or each row's last."""
     lengths, width = torch.tensor([12, 5, 9, 1 + 2 * packed]), 14
     columns = torch.arange(width)
     real = columns < lengths[:, None]
     parts = torch.where(real, torch.where(columns == 0, 0, torch.where(columns <= lengths[:, None] // 2, 1, 2)), 3)
     tokens = random_tokens(CONFIG, 4, width)
+    read = {"all": real, "some": real & (columns % 3 == 1) & (lengths != 9)[:, None], "one": columns == lengths[:, None] - 1}[asked]
     outcomes = []
-    for given in (None, real):
+    for given in (None, read):
         model = loud(LanguageModel)
         model.trunk.checkpoint_activations = recompute
-        states = model.trunk(tokens, packing=packing(parts) if packed else None, real=given)
+        states = model.trunk(tokens, packing=packing(parts) if packed else None, read=given)
         weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
-        (states * weights)[real].sum().backward()
+        (states * weights)[read].sum().backward()
         outcomes.append((states.detach(), torch.cat([p.grad.flatten() for p in model.trunk.parameters()])))
     (plain, gradient), (bare, own_gradient) = outcomes
-    assert torch.allclose(bare[real], plain[real], atol=1e-5) and (bare[~real] == 0).all()
+    assert torch.allclose(bare[read], plain[read], atol=1e-5) and (bare[~read] == 0).all()
     assert torch.allclose(own_gradient, gradient, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_without_padding_nothing_is_spread_or_gathered():
-    assert places_of(torch.ones(3, 4, dtype=torch.bool)) is None and places_of(None) is None
+    assert places_of(torch.ones(3, 4, dtype=torch.bool)) is None
     places = places_of(torch.tensor([[True, False], [True, True]]))
     assert places.numbers.tolist() == [0, 2, 3]
     x = torch.arange(6.0).view(3, 2)
     assert places.spread(x).tolist() == [[[0, 1], [0, 0]], [[2, 3], [4, 5]]] and torch.equal(places.gather(places.spread(x)), x)
+    some = places_of(torch.tensor([[True, False], [False, True]]))
+    assert some.among(places, x).tolist() == [[0, 1], [4, 5]] == some.among(None, places.spread(x)).tolist()
 
 
 def test_a_row_with_one_real_token_gives_finite_numbers_and_gradients():

@@ -33,7 +33,7 @@ SURE = 60.0  # exp(-60) is nothing: a logit of 60 among zeros is a certainty
 class LastToken(nn.Module):
     """A trunk whose hidden state is the last token read, one-hot."""
 
-    def forward(self, tokens, cache=None, packing=None, real=None):
+    def forward(self, tokens, cache=None, packing=None, read=None):
         return F.one_hot(tokens, V).float()
 
 
