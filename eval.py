@@ -49,7 +49,7 @@ from model.answers import (
 )  # fmt: skip
 from model.checkpoint import CONFIG, config_from_json
 from model.parallel import DeviceFlags, World, exit_code, start
-from model.stage import Text
+from model.stage import Text, check_vocabularies
 
 STAGES = ("sft", "dpo", "ppo")  # whose models are compared, in this order
 SHOWN, QUICK_PROMPTS = 3, 64  # prompts whose answers are printed; prompts under --quick
@@ -96,6 +96,8 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
     judging = identity(parent_key(reward_folder))
+    for name in names if flags.distances else ():
+        check_vocabularies(folder / name, ref=folder / "sft")
     for name in names:
         of_training = read_json(folder / name.split("/")[0] / MANIFEST)["parents"].get("rm")
         if of_training and identity(of_training) != judging:

@@ -138,9 +138,11 @@ def in_template(prompt: str, template: str) -> tuple[str, str]:
 
 
 def in_form(prompt: str, template: str | None, raw: bool = False) -> tuple[str, str]:
-    """A prompt in one of TEMPLATES, if one is given and the prompt is neither raw nor in HH's or TL;DR's form already, and its style."""
-    if template and not raw and HUMAN not in prompt and SUMMARY not in prompt:
+    """A prompt in one of TEMPLATES, if one is given and the prompt is neither raw nor blank nor in one of these forms already, and its style."""
+    if template and not raw and prompt.strip() and not any(mark in prompt for mark in (HUMAN, ASSISTANT, SUMMARY)):
         return in_template(prompt, template)
+    if template == "tldr" and POST in prompt and prompt.endswith(SUMMARY):
+        return prompt, "summary"
     return prompt, "dialogue" if template == "hh" else "plain"
 
 
@@ -248,12 +250,11 @@ def _read(
             read += 1
             where = f"{path}:{line.number}"
             try:
-                example = schemas[kind](_object(line))
-                _check_useful(example, seen)
-                style = STYLES[kind]
+                example, style = schemas[kind](_object(line)), STYLES[kind]
                 if template:
-                    prompt, style = in_template(example.prompt, template)
+                    prompt, style = in_form(example.prompt, template)
                     example = _Example(prompt, tuple(map(_spaced, example.responses)), example.gap)
+                _check_useful(example, seen)
                 rows.append((example, style, where))
             except _DroppedRow as reason:
                 left_out[str(reason)] += 1

@@ -104,10 +104,10 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         write_world(spec, folder / "world", seed=seed, **options)
         form = FORMATS[spec]
         spec, test_spec = f"{form}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{form}:{folder / 'world' / 'test.jsonl'}"
-    pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=flags.template)
+    pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=template_of(spec, flags))
     pairs = pairs[: flags.max_pairs]
     if test_spec:
-        test, of_test = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=flags.template)
+        test, of_test = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=template_of(test_spec, flags))
         pairs, shared = without_shared_prompts(pairs, test, flags.strict)
     else:
         test, shared, of_test = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0, {}
@@ -150,7 +150,8 @@ def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) ->
 def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> dict[str, int]:
     """Reads --demonstrations, leaves out test prompts, and writes training and validation part; reason -> number of rows left out."""
     rejects = folder / "demonstration-rejects.jsonl"
-    read, left_out = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, rejects=rejects, template=flags.template)
+    template = template_of(flags.demonstrations, flags)
+    read, left_out = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, rejects=rejects, template=template)
     rows = [row for row in read if row.prompt not in test_prompts]
     if len(rows) < len(read):
         left_out["test prompt"] = len(read) - len(rows)
@@ -167,6 +168,11 @@ def form_of(flags: dict) -> str | None:
     """The one of TEMPLATES that all prompts of a run have: that of its world or format, or its --template. flags: of its data's manifest."""
     form = FORMATS.get(flags["data"], flags["data"].partition(":")[0])
     return form if form in TEMPLATES else flags["template"]
+
+
+def template_of(spec: str, flags: DataFlags) -> str | None:
+    """What the rows of a spec are put into: plain ones get the run's form, others have one."""
+    return form_of(dataclasses.asdict(flags)) if spec.startswith("jsonl:") else flags.template
 
 
 def load_pairs(folder: Path, part: str) -> list[Pair]:

@@ -117,7 +117,7 @@ def read_scalar(hidden: Tensor, head: nn.Linear) -> Tensor:
     """One float32 number per hidden state, (..., D) -> (...). Always in float32: in bf16 a score between 2 and 4 moves in steps of 1/64,
     and scores are there to be subtracted from one another."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), head.weight.float()).squeeze(-1)
+        return F.linear(hidden.float(), head.weight.float()).sum(dim=-1)  # of one number; FSDP2 warns of the view that squeeze makes
 
 
 class ScalarModel(nn.Module):

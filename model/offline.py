@@ -30,7 +30,7 @@ from model.objectives import preference_objective, reward_objective, sft_objecti
 from model.optim import for_size
 from model.parallel import World, distribute
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
-from model.stage import Run, Text, demonstration_rows, encoded, open_text, part_ids, validation_prompts
+from model.stage import Run, Text, check_vocabularies, demonstration_rows, encoded, open_text, part_ids, validation_prompts
 from model.transformer import SIZES, initialise, sized
 from model.watch import WATCHED, check_first_preference_step, limit_passed, sampled_kl
 
@@ -188,6 +188,8 @@ def rm_stage(run: Run) -> None:
     init, folds = (run.parent("rm", given), 1) if given else (run.parent("sft", flags.init), flags.folds)
     flags = for_size("rm", flags, count_parameters(init))
     text.load(init, ScalarModel, new_head=not given)  # what does not fit stops the run before a folder is made
+    if given and (run.folder / "sft" / CONFIG).exists():
+        check_vocabularies(run.folder / "sft", reward_model=init)
     key = {"reward_model": given} if given else as_flags(flags)
     if not run.begins("rm", key, {"reward_model" if given else "init": init, "data": run.folder / "data"}):
         return
@@ -307,6 +309,7 @@ def dpo_stage(run: Run) -> None:
     if ids is not None or flags.loss in READS_GAP:
         parents["rm"] = run.parent("rm")
     model, ref = text.load(init, LanguageModel), text.load(ref_path, LanguageModel)  # what does not fit stops the run before a folder is made
+    check_vocabularies(init, ref_path)
     if not run.begins("dpo", as_flags(flags) | arguments, parents):
         return
     with run.stage("dpo") as (folder, metrics, results):

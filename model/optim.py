@@ -10,7 +10,7 @@ from data.errors import NumericalError
 from model.parallel import whole
 
 SIZE_LIMITS = (3e6, 3e7, 3e8, 3e9, float("inf"))  # parameters below; what suits a small model from scratch would wreck a large one
-FINAL = 0.02  # of the peak learning rate, at the end
+FINAL = 0.02  # of the peak learning rate, after the end
 BY_SIZE = {
     "sft": {"lr": (4e-3, 1e-3, 3e-4, 2e-5, 1e-5), "batch_size": (8, 16, 32, 64, 64)},
     "rm": {"lr": (5e-4, 2e-4, 5e-5, 1e-5, 5e-6), "batch_size": (8, 16, 32, 64, 64)},
@@ -38,8 +38,8 @@ def for_size(stage: str, flags, parameters: int):
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` share of `total` steps, then a cosine (Loshchilov and Hutter, arXiv 1608.03983) down to FINAL
-    times the peak. step counts from 0."""
+    """Linear warm-up over the first `warmup` share of `total` steps, then a cosine (Loshchilov and Hutter, arXiv 1608.03983) towards FINAL
+    times the peak, which the step after the last would have. step counts from 0."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return peak * (step + 1) / rise

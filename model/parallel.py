@@ -201,7 +201,8 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
     # Here, since this takes a second that most runs need not spend.
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    # What comes into a layer is not cast: its states are bf16 as it is, and its rotary angles must stay fp32.
+    precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy(pin_memory=pinned) if resting else OffloadPolicy()
     for layer in [module for module in model.modules() if isinstance(module, Layer)]:
         fully_shard(layer, mp_policy=precision, offload_policy=offload)

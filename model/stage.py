@@ -178,6 +178,12 @@ class Text:
         theirs = tokenizer_file(folder)
         if digest(theirs) != self.tokenizer.digest:
             raise CheckpointError(f"{theirs}: is not the tokenizer of this run, {self.path}; ids would mean other words")
+        ends = read_json(Path(folder) / CONFIG).get("eos_token_id")
+        if ends is not None and self.tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
+            raise CheckpointError(
+                f"{Path(folder) / CONFIG}: eos_token_id is {ends}, and this tokenizer's end token {self.tokenizer.eos_id}; an end token that was"
+                " added to a tokenizer is not supported, start from a model without one"
+            )
         model = open_model(folder, kind, **options)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             raise CheckpointError(f"{folder}: vocab_size {model.config.vocab_size} is less than the {self.tokenizer.vocab_size} pieces of {theirs}")
@@ -187,6 +193,15 @@ class Text:
                 f" {self.max_response}; make the run's data with smaller ones"
             )
         return model
+
+
+def check_vocabularies(policy: Path, ref: Path | None = None, reward_model: Path | None = None) -> None:
+    """Raises CheckpointError where a reference's distribution is over more or fewer ids than the policy's, or the policy has ids that the
+    reward model cannot read. Published models with one tokenizer differ in rows that stand for no piece of it."""
+    rows = {folder: read_json(folder / CONFIG)["vocab_size"] for folder in (policy, ref, reward_model) if folder}
+    for folder in filter(None, (ref, reward_model)):
+        if rows[folder] < rows[policy] or folder == ref and rows[folder] > rows[policy]:
+            raise CheckpointError(f"{folder}: vocab_size is {rows[folder]}, that of {policy} {rows[policy]}; take models of one vocab_size")
 
 
 def open_text(run: Run) -> Text:

@@ -162,9 +162,11 @@ class Attention(nn.Module):
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
         held = None if cache is None else cache.update(layer, key, value)
+        if mask is not None and heads != kv_heads:  # torch's fast kernels on GPUs take a mask or fewer keys than queries, not both
+            key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
         with torch.autocast(qkv.device.type, enabled=False):
             if held is None:
-                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=key.shape[1] != heads)
             else:
                 mixed = attend_to_cache(query, *held)
         mixed = mixed.transpose(1, 2).flatten(2)

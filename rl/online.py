@@ -17,7 +17,7 @@ from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.optim import for_size
 from model.parallel import bare, distribute
 from model.score import sha256_of
-from model.stage import Run, Text, open_text, part_ids, validation_prompts
+from model.stage import Run, Text, check_vocabularies, open_text, part_ids, validation_prompts
 from model.watch import limit_passed
 from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
@@ -51,6 +51,7 @@ def ppo_stage(run: Run) -> None:
     rm_path = run.parent("rm", flags.reward_model)
     prompts = training_prompts(run, text, flags)
     policy, ref, reward_model = text.load(init, LanguageModel), text.load(ref_path, LanguageModel), text.load(rm_path, ScalarModel)
+    check_vocabularies(init, ref_path, rm_path)
     described = read_json(rm_path / CONFIG)
     if "score_std" not in described:
         raise CheckpointError(f"{rm_path / CONFIG}: score_mean and score_std are missing; the rm stage fits and stores them")

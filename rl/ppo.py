@@ -62,7 +62,7 @@ class PpoFlags:
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
     bootstrap: bool = flag(False, "a response that was cut at the length limit is paid the critic's value of going on, in place of score and penalty")
-    target_kl: float | None = flag(None, "end a round's updates when KL(old, new) per token passes this", positive=True)
+    target_kl: float | None = flag(None, "end a round's updates before the first at which KL(old, new) per token passes this", positive=True)
     warmup: float = flag(0.1, "share of the rounds in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
@@ -202,7 +202,7 @@ def update(
     """
     saving = saving or Saving()
     sums: dict[str, float] = {}
-    tokens_seen = 0
+    tokens_seen = updates = 0
     order = step_indices(len(response_tokens), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
     for index, chosen in enumerate(order):
         model.train()
@@ -218,6 +218,9 @@ def update(
         mean_log_ratio = totals.pop("log_ratio") / count
         if index == 0:
             first_log_ratio = check_first_ratio(world, mean_log_ratio, largest, where)
+        if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
+            optimiser.zero_grad(set_to_none=True)  # this step, too, would go further
+            break
         try:
             norm = clipped_step(model, optimiser, lr, flags.clip, where)
         except NumericalError as error:
@@ -226,10 +229,8 @@ def update(
             ) from error
         totals["grad_norm"] = norm * count
         add_up(sums, totals, True)
-        tokens_seen += count
-        if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
-            break
-    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": index + 1, "first_ratio": math.exp(first_log_ratio)}
+        tokens_seen, updates = tokens_seen + count, updates + 1
+    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": updates, "first_ratio": math.exp(first_log_ratio)}
 
 
 def as_rows(rollout: Rollout, rows: Sequence[int], world: World) -> list[Row]:
@@ -249,7 +250,7 @@ def check_first_ratio(world: World, mean: float, largest: float, where: str) -> 
     everyone = np.zeros(world.size)
     everyone[world.rank] = largest
     largest = float(world.total(everyone).max())
-    what, value, bound = ("mean", mean, 0.05) if world.dtype == torch.bfloat16 else ("largest", largest, 1e-4)
+    what, value, bound = ("mean", mean, 0.05) if world.dtype == torch.bfloat16 else ("largest", largest, 1e-3)
     if value > bound:
         raise NumericalError(
             f"{where}: the first ratio is not 1: a {what} log ratio of {value:.2e} (bound {bound}); old log-probabilities and update do not"

@@ -136,6 +136,19 @@ def test_what_is_left_out_of_the_other_files_is_told_too(tmp_path):
     assert json.loads((run / "data" / "demonstration-rejects.jsonl").read_text())["where"].endswith("shown.jsonl:63")
 
 
+def test_plain_rows_of_other_files_get_the_form_of_the_data(tmp_path):
+    """Demonstrations and test rows of plain JSONL beside a world in HH's form; a test prompt is found among them."""
+    write_rows(tmp_path / "test.jsonl", GOOD[:5])
+    write_rows(tmp_path / "shown.jsonl", [{"prompt": row["prompt"], "response": row["chosen"]} for row in GOOD])
+    flags = ("--data", "advice", "--pairs", 60, "--test-data", f"jsonl:{tmp_path / 'test.jsonl'}", "--demonstrations", f"jsonl:{tmp_path / 'shown.jsonl'}")
+    here("--stage", "tokenizer", "--out", tmp_path / "run", *flags)
+    for name, response in (("test", "chosen"), ("demonstrations-train", "response")):
+        for row in map(json.loads, (tmp_path / "run" / "data" / f"{name}.jsonl").read_text().splitlines()):
+            assert row["prompt"].startswith("\n\nHuman: ") and row["prompt"].endswith("\n\nAssistant:") and row["style"] == "dialogue"
+            assert row[response].startswith(" ")
+    assert manifest(tmp_path / "run" / "data")["results"]["left_out_of_demonstrations"] == {"test prompt": 5}
+
+
 def test_dialogues_with_two_prompts_are_dropped(tmp_path):
     rows = [{key: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[key]}" for key in ("chosen", "rejected")} for row in GOOD]
     rows.insert(5, {"chosen": "\n\nHuman: Hi.\n\nAssistant: a", "rejected": "\n\nHuman: Hello.\n\nAssistant: b"})

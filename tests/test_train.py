@@ -16,7 +16,7 @@ import pytest
 import runs
 import torch
 from runs import BUDGETS, STAGES, TINY, TRAINED, WORLD, copy_of, here, manifest, metrics, sha256, snapshot, steps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data.advice
 import data.digest
@@ -661,6 +661,42 @@ def test_a_reward_model_that_hardly_tells_anything_apart_is_told(chain, tmp_path
     monkeypatch.setattr("model.offline.reward_scores_of_pairs", lambda model, rows, *more: spread * np.random.default_rng(0).normal(size=(len(rows), 2)))
     message = here("--stage", "rm", "--out", run, *BUDGETS["rm"], "--folds", 1)
     assert ("the standard deviation of chosen responses' scores is 0.04 log-odds, and PPO divides by it" in message) == warned
+
+
+def downloaded(source, folder):
+    """A stage's model without what makes its folder a stage's."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+def widened(source, folder):
+    """The same with 64 more rows than its tokenizer has pieces, as published models may have."""
+    downloaded(source, folder)
+    described = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    rows = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"model.embed_tokens.weight": torch.cat([rows, rows[:64]])}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(described | {"vocab_size": len(rows) + 64}))
+    return folder
+
+
+def test_models_of_other_vocabularies_are_refused_before_anything_is_trained(chain, tmp_path):
+    run, wide = copy_of(chain, tmp_path / "run", *STAGES[4:]), widened(chain / "sft", tmp_path / "wide")
+    for line in (("dpo", "--ref", wide), ("dpo", "--init", wide), ("ppo", "--init", wide, "--ref", run / "sft"), ("ppo", "--init", wide, "--ref", wide)):
+        assert "take models of one vocab_size" in here("--stage", line[0], "--out", run, *line[1:], *BUDGETS[line[0]], expect=4), line
+    assert not (run / "dpo").exists() and not (run / "ppo").exists()
+
+
+def test_an_end_token_that_was_added_to_the_tokenizer_is_refused(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", *STAGES[4:])
+    other = downloaded(chain / "sft", tmp_path / "other")
+    described = json.loads((other / "config.json").read_text())
+    for ends, code in ((described["vocab_size"], 4), ([7, described["eos_token_id"]], 0)):
+        (other / "config.json").write_text(json.dumps(described | {"eos_token_id": ends}))
+        message = here("--stage", "dpo", "--out", run, "--init", other, "--part", "all", *BUDGETS["dpo"], expect=code)
+        assert (f"eos_token_id is {ends}" in message) == (code == 4)
 
 
 def test_an_argument_of_a_loss_cannot_take_the_name_of_another_flag(monkeypatch):

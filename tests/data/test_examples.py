@@ -463,6 +463,24 @@ def test_a_template_puts_plain_prompts_into_a_form(template, prompt, style, tmp_
     assert len(shorten_prompt(prompt, style, list, len(prompt) - 5)) <= len(prompt) - 5
     with pytest.raises(UsageError, match=f"--template {template}: hh:.* has a format of its own"):
         read_pairs(f"hh:{path}", template=template)
-    path.write_text(json.dumps({"prompt": "\n\nHuman: Hi\n\nAssistant:"}) + "\n")
-    ((as_it_was, _),) = read_prompts(f"jsonl:{path}", template=template)
-    assert as_it_was == "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize("template", ["hh", "tldr", "chat"])
+def test_a_prompt_that_is_in_a_form_stays_as_it_is_in_every_reader(template, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for prompt in ("\n\nHuman: Hi\n\nAssistant:", "User: Hi\n\nAssistant:", "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:"):
+        path.write_text(json.dumps({"prompt": prompt, "chosen": "Yes.", "rejected": "No."}) + "\n")
+        (pair,), _ = read_pairs(f"jsonl:{path}", template=template)
+        (shown,), _ = read_demonstrations(f"jsonl:{path}", template=template)
+        ((asked, style),) = read_prompts(f"jsonl:{path}", template=template)
+        assert pair.prompt == shown.prompt == asked == prompt and pair.style == shown.style == style
+        assert shorten_prompt(prompt, style, list, len(prompt) - 1) != prompt  # its style fits it
+
+
+def test_rows_are_compared_in_the_form_that_they_get(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = [("a", "x", "y"), (" a ", " x", "y"), ("a", "x", "  x"), (" ", "x", "y"), ("b", "x", "y")]
+    path.write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) + "\n" for row in texts))
+    pairs, left_out = read_pairs(f"jsonl:{path}", template="chat")
+    assert [pair.prompt for pair in pairs] == ["User: a\n\nAssistant:", "User: b\n\nAssistant:"]
+    assert left_out == {"duplicate": 1, "chosen equals rejected": 1, "blank prompt": 1}
