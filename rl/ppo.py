@@ -218,7 +218,7 @@ def update(
         mean_log_ratio = totals.pop("log_ratio") / count
         if index == 0:
             first_log_ratio = check_first_ratio(world, mean_log_ratio, largest, where)
-        if flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
+        if index and flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
             optimiser.zero_grad(set_to_none=True)  # this step, too, would go further
             break
         try:

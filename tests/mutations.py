@@ -116,7 +116,7 @@ MUTATIONS = [
          'stable_hash(seed, "ppo", "sampling", step)', 'stable_hash(seed, "ppo", "sampling")', LOOP),
         ("divided by the rows, not the tokens", "rl/ppo.py", "count = int(response_tokens[chosen].sum())", "count = len(chosen)", UPDATE),
         ("the same order in every round", "rl/ppo.py", 'seed, f"ppo {iteration}")', 'seed, "ppo")', UPDATE),
-        ("the step beyond the target KL is taken", "rl/ppo.py", "if flags.target_kl is not None and", "if index > 1 and flags.target_kl is not None and", UPDATE),
+        ("the step beyond the target KL is taken", "rl/ppo.py", "if index and flags.target_kl", "if index > 1 and flags.target_kl", UPDATE),
         ("the entropy bonus turned round", "rl/ppo.py", "- flags.entropy_coef * entropy", "+ flags.entropy_coef * entropy", UPDATE),
         ("the entropy bonus without a gradient", "rl/ppo.py", 'with_entropy="gradient" if flags.entropy_coef else "value"', 'with_entropy="value"', UPDATE),
         ("the KL in the loss has no coefficient", "rl/ppo.py", "total = total + kl_coef * penalty", "total = total + penalty", UPDATE),
