@@ -146,6 +146,12 @@ def in_form(prompt: str, template: str | None, raw: bool = False) -> tuple[str, 
     return prompt, "dialogue" if template == "hh" else "plain"
 
 
+def opening(prompt: str) -> str:
+    """A prompt up to the assistant's first turn: a dialogue that goes on has the same one. Others as they are."""
+    first, found, _ = prompt.partition(ASSISTANT)
+    return first + found
+
+
 def is_held_out(prompt: str, share: float, salt: str = "test") -> bool:
     """Whether a prompt belongs to the held-out `share`: by its hash alone, so neither the order nor the other rows matter."""
     number = int.from_bytes(hashlib.sha256(f"{salt}\0{prompt}".encode()).digest()[:8], "big")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, UsageError
-from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, paths_of, read_demonstrations, read_pairs
+from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, opening, paths_of, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
 from data.run import begin_stage, finish_stage, locked, open_stage
@@ -110,8 +110,8 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         test, of_test = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=template_of(test_spec, flags))
         pairs, shared = without_shared_prompts(pairs, test, flags.strict)
     else:
-        test, shared, of_test = [p for p in pairs if is_held_out(p.prompt, flags.test_share)], 0, {}
-        pairs = [p for p in pairs if not is_held_out(p.prompt, flags.test_share)]
+        test, shared, of_test = [p for p in pairs if is_held_out(opening(p.prompt), flags.test_share)], 0, {}  # no dialogue goes on in training
+        pairs = [p for p in pairs if not is_held_out(opening(p.prompt), flags.test_share)]
     parts = {
         "train": [p for p in pairs if not is_held_out(p.prompt, flags.validation_share, "validation")],
         "validation": [p for p in pairs if is_held_out(p.prompt, flags.validation_share, "validation")],
