@@ -28,7 +28,7 @@ class DataFlags:
     test_data: str | None = flag(None, "pairs to test on, a spec like --data (default: a share of --data by hash of the prompt)")
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
     template: str | None = flag(None, "put prompts of jsonl:PATH into this form (default: as they are)", choices=tuple(TEMPLATES))
-    test_share: float = flag(0.1, "of the prompts, where --test-data is not given")
+    test_share: float = flag(0.1, "of the prompts, whole dialogues at a time, where --test-data is not given")
     validation_share: float = flag(0.1, "of the remaining prompts")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
