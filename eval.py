@@ -96,9 +96,9 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     setting = Setting(limits, world, flags, world_name)
     reward_model, stats, reward_folder = open_reward_model(folder, setting)
     judging = identity(parent_key(reward_folder))
-    for name in names if flags.distances else ():
-        check_vocabularies(folder / name, ref=folder / "sft")
     for name in names:
+        if flags.distances:
+            check_vocabularies(folder / name, ref=folder / "sft")
         of_training = read_json(folder / name.split("/")[0] / MANIFEST)["parents"].get("rm")
         if of_training and identity(of_training) != judging:
             print(f"careful: {name} was trained with another reward model, {of_training['path']}, than {reward_folder}, which judges here")

@@ -131,16 +131,11 @@ def read_demonstrations(
     return list(first.values()), left_out
 
 
-def in_template(prompt: str, template: str) -> tuple[str, str]:
-    """A plain prompt in one of TEMPLATES, and its style."""
-    text, style = TEMPLATES[template]
-    return text.format(prompt.strip()), style
-
-
 def in_form(prompt: str, template: str | None, raw: bool = False) -> tuple[str, str]:
     """A prompt in one of TEMPLATES, if one is given and the prompt is neither raw nor blank nor in one of these forms already, and its style."""
     if template and not raw and prompt.strip() and not any(mark in prompt for mark in (HUMAN, ASSISTANT, SUMMARY)):
-        return in_template(prompt, template)
+        text, style = TEMPLATES[template]
+        return text.format(prompt.strip()), style
     if template == "tldr" and POST in prompt and prompt.endswith(SUMMARY):
         return prompt, "summary"
     return prompt, "dialogue" if template == "hh" else "plain"

@@ -121,7 +121,7 @@ def read_scalar(hidden: Tensor, head: nn.Linear) -> Tensor:
 
 
 class ScalarModel(nn.Module):
-    """A trunk and one number per token: the reward model reads the last real token's, a critic reads them all."""
+    """A trunk and one number per token: the reward model reads the last real token's, a critic those of the response."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

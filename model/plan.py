@@ -212,10 +212,11 @@ def of_update(job: Job) -> list[Line]:
     rows = min(job.micro_batch, -(-job.batch // job.world))
     tokens, trunks = rows * job.row, 2 if job.own_critic else 1
     before, after = layer_bytes(job)
+    n = f"n = {rows} x {job.row}"
     if job.checkpoint:
-        why, kept = "n (4 L D) + one layer's n (16 D + a (5 D + 3 K E + 4 F) + ...)", tokens * c.layers * 4 * c.width
+        why, kept = f"n (4 L D) + one layer's n (16 D + a (5 D + 3 K E + 4 F) + ...), {n}", tokens * c.layers * 4 * c.width
     else:
-        why = "n L (16 D + a (5 D + 3 K E + 4 F) + ...) - (n - m) (8 D + a (2 D + 4 F)) of the last layer"
+        why = f"n L (16 D + a (5 D + 3 K E + 4 F) + ...) - (n - m) (8 D + a (2 D + 4 F)) of the last layer, {n}, m = {rows} x {job.read}"
         kept = tokens * c.layers * (before + after) - rows * (job.row - job.read) * after
     saved = trunks * (kept + tokens * 12 * c.width)
     backward = tokens * (a * c.feed_forward + (before + after if job.checkpoint else 0))
@@ -223,7 +224,7 @@ def of_update(job: Job) -> list[Line]:
     copies = 0 if job.stage == "rm" else 6 if job.entropy_bonus else 3
     logits = 4 * min(scored, CHUNK) * c.vocab_size * copies
     return [  # the backward pass goes through the logits first, and then through the layers
-        Line("all", "activations", saved + max(backward - logits, 0), f"{why}, n = {rows} x {job.row}" + (f", m = {rows} x {job.read}" if " m" in why else ""), "update"),
+        Line("all", "activations", saved + max(backward - logits, 0), why, "update"),
         Line("all", "logits", logits, f"4 R V x {copies} copies, R = min({scored}, {CHUNK})", "update"),
     ]
 

@@ -3,8 +3,8 @@
 RMSNorm before each block, rotary positions, grouped-query attention, a SwiGLU feed-forward, no biases, no dropout. Rows are padded on
 the right, so under the causal mask no real token ever sees padding: training needs neither an attention mask nor position ids. Told whose
 states are read, everything but attention leaves out padding, and the last layer after its attention all but those tokens. With a `Cache`
-(model/cache.py) the same code prefills prompts and decodes one token per row. Query, key and value share one matrix, as do the feed-forward's two inputs: fewer, larger products. model/checkpoint.py splits
-them into Hugging Face's names on disk.
+(model/cache.py) the same code prefills prompts and decodes one token per row. Query, key and value share one matrix, as do the feed-forward's
+two inputs: fewer, larger products. model/checkpoint.py splits them into Hugging Face's names on disk.
 
 Source: Touvron et al., arXiv 2302.13971; RMSNorm is Zhang and Sennrich, arXiv 1910.07467, grouped queries Ainslie et al., arXiv 2305.13245.
 

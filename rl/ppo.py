@@ -250,7 +250,7 @@ def check_first_ratio(world: World, mean: float, largest: float, where: str) -> 
     everyone = np.zeros(world.size)
     everyone[world.rank] = largest
     largest = float(world.total(everyone).max())
-    what, value, bound = ("mean", mean, 0.05) if world.dtype == torch.bfloat16 else ("largest", largest, 1e-3)
+    what, value, bound = ("mean", mean, 0.05) if world.dtype == torch.bfloat16 else ("largest", largest, 1e-4)
     if value > bound:
         raise NumericalError(
             f"{where}: the first ratio is not 1: a {what} log ratio of {value:.2e} (bound {bound}); old log-probabilities and update do not"

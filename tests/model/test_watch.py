@@ -57,7 +57,7 @@ def test_the_first_step_of_equal_models_passes():
     check_first_preference_step("dpo", DPO | {"chosen_weight": 1.0}, ALONE, NUMBERS | {"loss": 3.0})
 
 
-@pytest.mark.parametrize("wrong", [{"loss": math.log(2) + 0.02}, {"chosen_reward": 0.01}, {"rejected_reward": -0.01}])
+@pytest.mark.parametrize("wrong", [{"loss": math.log(2) + 0.01}, {"chosen_reward": 0.001}, {"rejected_reward": -0.001}])
 def test_a_first_step_that_cannot_be_stops_the_run(wrong):
     with pytest.raises(NumericalError, match="dpo: the first"):
         check_first_preference_step("dpo", DPO, ALONE, NUMBERS | wrong)

@@ -351,10 +351,10 @@ def test_the_first_ratio_is_the_largest_and_not_a_sum(micro_batch):
     """Eight micro-batches of which each is off by a little are off by that little."""
     policy, batch, rollout = made()
     flags = replace(FLAGS, micro_batch=micro_batch)
-    _, numbers = run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 6e-4)), flags)
-    assert numbers["first_ratio"] == pytest.approx(math.exp(6e-4), abs=5e-6)
+    _, numbers = run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 6e-5)), flags)
+    assert numbers["first_ratio"] == pytest.approx(math.exp(6e-5), abs=5e-6)
     with pytest.raises(NumericalError, match="first ratio"):
-        run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 2e-3)), flags)
+        run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 2e-4)), flags)
 
 
 def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
