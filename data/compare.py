@@ -191,6 +191,12 @@ def gaps_text(lines: Sequence[dict]) -> str:
     return "Claim: accuracy rises with the gap, and most gaps are small. The reward model on test pairs:\n\n" + markdown_table(["gap", "share of pairs", "right on labels"], rows)
 
 
+def pairs_of(line: dict) -> int:
+    """How many pairs were split; under the rule none both halves hold them all."""
+    easy, difficult, dropped = (line["split"][part] for part in ("easy", "difficult", "dropped"))
+    return dropped + (easy if line["made_with"]["flags"].get("--split-rule") == "none" else easy + difficult)
+
+
 def reward_models_text(lines: Sequence[dict]) -> str:
     """The reward model of every setting that has one of its own; "" where there is no such setting. Rows that left the table are left out."""
     of_setting: dict[str, list[dict]] = {}
@@ -200,7 +206,7 @@ def reward_models_text(lines: Sequence[dict]) -> str:
     columns = {
         "right on labels": lambda line: line["reward_model"]["accuracy"],
         "gaps below 1": lambda line: line["reward_model"]["share_of_gaps_below_1"],
-        "training pairs disputed": lambda line: line["split"]["disputed"] / sum(line["split"][part] for part in ("easy", "difficult", "dropped")),
+        "training pairs disputed": lambda line: line["split"]["disputed"] / pairs_of(line),
     }
     models = {flags or "none": one_per_seed(found) for flags, found in of_setting.items()}
     rows = [[flags, len(found), *(over_seeds(found, value) for value in columns.values())] for flags, found in models.items()]

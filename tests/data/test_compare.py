@@ -29,7 +29,7 @@ def line(row, seed, rewards, kls=(0.5, 1.0, 2.0), setting=None):
         "row": row, "seed": seed, "key": f"{row}{seed}", "setting": setting or {"--data": "advice"}, "prompts": 20, "world": "advice",
         "marks": marks, "points": points, "picked": {"best": stage, "last": f"{stage}/snapshot-2"},
         "reward_model": {"buckets": buckets, "accuracy": 0.7, "share_of_gaps_below_1": 0.6}, "split": {"easy": 3, "difficult": 4, "dropped": 1, "disputed": 2},
-        "time": {"train": 60.0, "eval": 1.0}, "code": "1", "made_with": {"judge": "advice"},
+        "time": {"train": 60.0, "eval": 1.0}, "code": "1", "made_with": {"judge": "advice", "flags": {}},
         "validation": {point: {"score_raw": numbers["kl_sft"], "true_reward": 0.0} for point, numbers in points.items()},
     }  # fmt: skip
 
@@ -175,9 +175,10 @@ def test_settings_are_compared_with_the_default_and_with_each_other():
 
 
 def test_reward_models_are_shown_by_what_they_learnt_from():
-    """Rows of one base count once; a strong reward model is a base of its own."""
+    """Rows of one base count once; a strong reward model is a base of its own; pairs count once where both halves hold them."""
     lines = [*LINES, line("mpo@split-quantile-0.25", 1, (1, 1, 1)), line("mpo@strong", 1, (1, 1, 1)), line("dpo-all@flip-rate-0.2", 3, (1, 1, 1))]
     lines[-2]["reward_model"] = lines[-2]["reward_model"] | {"accuracy": 0.8}
+    lines[-2] |= {"made_with": {"flags": {"--split-rule": "none"}}, "split": {"easy": 7, "difficult": 7, "dropped": 1, "disputed": 2}}
     table = [row.split("|")[1:-1] for row in reward_models_text(lines).splitlines()[4:]]
     assert [[cell.strip() for cell in row] for row in table] == [
         ["none", "3", "0.70 [0.70, 0.70]", "0.60 [0.60, 0.60]", "0.25 [0.25, 0.25]"],

@@ -351,10 +351,17 @@ def test_the_first_ratio_is_the_largest_and_not_a_sum(micro_batch):
     """Eight micro-batches of which each is off by a little are off by that little."""
     policy, batch, rollout = made()
     flags = replace(FLAGS, micro_batch=micro_batch)
-    _, numbers = run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 6e-5)), flags)
-    assert numbers["first_ratio"] == pytest.approx(math.exp(6e-5), abs=5e-6)
+    _, numbers = run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 6e-6)), flags)
+    assert numbers["first_ratio"] == pytest.approx(math.exp(6e-6), abs=1e-6)
     with pytest.raises(NumericalError, match="first ratio"):
-        run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 2e-4)), flags)
+        run_update(policy, replace(batch, rollout=replace(rollout, logp=rollout.logp - 2e-5)), flags)
+
+
+def test_one_token_may_be_off_by_more_than_all_tokens_in_the_mean():
+    """Rounding at one unlikely token stops nothing; what a wrong token or mask does there, does."""
+    assert ppo.check_first_ratio(ALONE, 5e-7, 5e-4, "here") == 5e-4
+    with pytest.raises(NumericalError, match="first ratio"):
+        ppo.check_first_ratio(ALONE, 5e-7, 2e-3, "here")
 
 
 def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
@@ -364,7 +371,7 @@ def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
     with pytest.raises(NumericalError, match="first ratio"):
         ppo.check_first_ratio(half, 0.06, 0.06, "here")
     policy, batch, rollout = made()
-    with pytest.raises(NumericalError, match="a mean log ratio of 6"):  # the mean over tokens, not over rows or their sum
+    with pytest.raises(NumericalError, match=r"is 6\.5\de-02 in the mean"):  # the mean over tokens, not over rows or their sum
         update(
             policy, Recorder(policy), replace(batch, rollout=replace(rollout, logp=rollout.logp - 0.065)), response_tokens=rollout.mask.sum(dim=1).numpy(),
             iteration=0, lr=0.0, kl_coef=0.05, flags=FLAGS, seed=0, world=half,
