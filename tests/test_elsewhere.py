@@ -1,0 +1,52 @@
+"""Every tensor is where its model is: the chain on a device that is not the CPU (tests/elsewhere.py) learns what it does on the CPU.
+
+On a GPU a tensor that was left on the CPU ends the run, at the first minibatch of a stage or the first checkpoint; this finds it without one.
+"""
+
+import pytest
+from runs import TINY, TRAINED, WORLD, command, copy_of, here, steps
+
+ELSEWHERE = "tests/elsewhere.py"
+
+
+def same_courses(run, other, stages):
+    for stage in stages:
+        lines, others = steps(run / stage), steps(other / stage)
+        assert len(lines) == len(others) > 0
+        for line, expected in zip(lines, others, strict=True):
+            assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), stage  # attention is another there, as on a GPU
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere") / "run"
+    assert "wins against SFT" in command("--stage", "mpo", "--out", folder, *WORLD, *TINY, program=ELSEWHERE)
+    return folder
+
+
+def test_the_chain_learns_there_what_it_does_here(chain, elsewhere):
+    same_courses(elsewhere, chain, TRAINED)
+
+
+def test_so_does_ppo_with_everything_switched_on(chain, elsewhere, tmp_path):
+    flags = [
+        "--iterations", 2, "--prompts-per-iteration", 8, "--minibatch", 4, "--passes", 2, "--validations", 1, "--critic", "trunk", "--value-coef", 0.1,
+        "--bootstrap", "--entropy-coef", 0.01, "--kl-placement", "loss", "--kl-estimator", "k2", "--kl-target", 1.0, "--target-kl", 0.5,
+        "--temperature", 0.8, "--checkpoint-activations", "--save-every", 1, "--profile",
+    ]  # fmt: skip
+    one, other = copy_of(chain, tmp_path / "here", "ppo"), copy_of(elsewhere, tmp_path / "there", "ppo")
+    here("--stage", "ppo", "--out", one, "--ref", one / "sft", "--init", one / "sft", *flags)
+    command("--stage", "ppo", "--out", other, "--ref", one / "sft", "--init", one / "sft", *flags, "--reward-model", one / "rm", program=ELSEWHERE)
+    same_courses(other, one, ["ppo"])
+
+
+def test_tensors_of_two_devices_do_not_mix():
+    """Or the tests above would show nothing."""
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import elsewhere, torch; there = torch.ones(3).to(elsewhere.DEVICE); print((there + 1).sum().item())\n"
+        "for wrong in (lambda: there + torch.ones(3), lambda: there[torch.tensor([0])], lambda: torch.cat([there, torch.ones(3)])):\n"
+        "    try: wrong()\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    output = command(program, program="-c")
+    assert "6.0" in output and output.count("tensors on elsewhere and on cpu") == 3
