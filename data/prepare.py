@@ -1,7 +1,8 @@
 """The run's data: from a spec to training, validation and test pairs in `DIR/data`, made once and read by every stage.
 
 A built-in world is first written to disk in its real file format and then read like any other file. The test part is given by
---test-data (worlds bring one) or held out by the hash of the prompt, as is the validation part; so a prompt is always in one part.
+--test-data (worlds bring one) or held out by the hash of how the prompt's dialogue begins, as is the validation part; so a prompt, and all of its
+dialogue, is always in one part.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class DataFlags:
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
     template: str | None = flag(None, "put prompts of jsonl:PATH into this form (default: as they are)", choices=tuple(TEMPLATES))
     test_share: float = flag(0.1, "of the prompts, whole dialogues at a time, where --test-data is not given")
-    validation_share: float = flag(0.1, "of the remaining prompts")
+    validation_share: float = flag(0.1, "of the remaining prompts, likewise")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
     max_pairs: int | None = flag(None, "read only the first so many usable pairs of --data", positive=True)
@@ -113,8 +114,8 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         test, shared, of_test = [p for p in pairs if is_held_out(opening(p.prompt), flags.test_share)], 0, {}  # no dialogue goes on in training
         pairs = [p for p in pairs if not is_held_out(opening(p.prompt), flags.test_share)]
     parts = {
-        "train": [p for p in pairs if not is_held_out(p.prompt, flags.validation_share, "validation")],
-        "validation": [p for p in pairs if is_held_out(p.prompt, flags.validation_share, "validation")],
+        "train": [p for p in pairs if not for_validation(p.prompt, flags)],
+        "validation": [p for p in pairs if for_validation(p.prompt, flags)],
         "test": test,
     }
     counts = {part: len(rows) for part, rows in parts.items()}
@@ -147,6 +148,12 @@ def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) ->
     return kept, shared
 
 
+def for_validation(prompt: str, flags: DataFlags) -> bool:
+    """Whether a prompt of training is held out to validate on, as its dialogue is; in a built-in world, where dialogues that begin alike have
+    nothing else in common, each by itself."""
+    return is_held_out(prompt if flags.data in WORLDS else opening(prompt), flags.validation_share, "validation")
+
+
 def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> dict[str, int]:
     """Reads --demonstrations, leaves out test prompts, and writes training and validation part; reason -> number of rows left out."""
     rejects = folder / "demonstration-rejects.jsonl"
@@ -156,7 +163,7 @@ def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str])
     if len(rows) < len(read):
         left_out["test prompt"] = len(read) - len(rows)
     for part, wanted in (("train", False), ("validation", True)):
-        chosen = [row for row in rows if is_held_out(row.prompt, flags.validation_share, "validation") == wanted]
+        chosen = [row for row in rows if for_validation(row.prompt, flags) == wanted]
         if not chosen:
             raise DataError(f"{flags.demonstrations}: no row for the {part} part; give more demonstrations")
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in chosen)

@@ -277,6 +277,7 @@ MUTATIONS = [
         ("other prompts keep their own form", "rl/online.py",
          "template=form_of(read_json(run.folder / \"data\" / MANIFEST)[\"flags\"])", "template=None", "tests/test_train.py -k form_of_the_runs"),
         ("quick data at full budgets", "data/prepare.py", "if made_with.get(\"quick\") and not quick:", "if False:", "tests/test_train.py -k quick_runs"),
+        ("a dialogue in validation and training", "data/prepare.py", "prompt if flags.data in WORLDS else opening(prompt)", "prompt", "tests/test_faults.py -k does_not_go_on"),
         ("a dialogue in test and training", "data/examples.py", "return first + found", "return prompt", "tests/test_faults.py -k does_not_go_on"),
         ("plain demonstrations keep their form", "data/prepare.py", 'if spec.startswith("jsonl:") else', 'if spec == "" else', "tests/test_faults.py -k form_of_the_data"),
         ("models of other vocabularies go unsaid", "model/stage.py", "if rows[folder] < rows[policy] or", "if False and rows[folder] < rows[policy] or False and", "tests/test_train.py -k vocabularies"),

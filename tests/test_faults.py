@@ -149,18 +149,18 @@ def test_plain_rows_of_other_files_get_the_form_of_the_data(tmp_path):
     assert manifest(tmp_path / "run" / "data")["results"]["left_out_of_demonstrations"] == {"test prompt": 5}
 
 
-def test_a_dialogue_does_not_go_on_from_test_into_training(tmp_path):
-    """Rows of HH that are one dialogue, longer and longer, go to the test part together or not at all."""
+def test_a_dialogue_does_not_go_on_from_one_part_into_another(tmp_path):
+    """Rows of HH that are one dialogue, longer and longer, go to a part together or not at all."""
     rows = []
     for n in range(60):
         turns = f"\n\nHuman: Name {n} fruits.\n\nAssistant: Figs.\n\nHuman: And more?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant:".split(" Figs.")
         for prompt in (turns[0], " Figs.".join(turns).rpartition("\n\nHuman: Why")[0].rpartition(" No.")[0], " Figs.".join(turns)):
             rows.append({"chosen": f"{prompt} Yes {n}.", "rejected": f"{prompt} No."})
     write_rows(tmp_path / "rows.jsonl", rows)
-    here("--stage", "tokenizer", "--out", tmp_path / "run", "--data", f"hh:{tmp_path / 'rows.jsonl'}", "--test-share", 0.3)
+    here("--stage", "tokenizer", "--out", tmp_path / "run", "--data", f"hh:{tmp_path / 'rows.jsonl'}", "--test-share", 0.3, "--validation-share", 0.3)
     first = {part: {pair.prompt.split(" Figs.")[0] for pair in load_pairs(tmp_path / "run" / "data", part)} for part in ("train", "validation", "test")}
-    assert 5 < len(first["test"]) < 30 and not first["test"] & (first["train"] | first["validation"])
-    assert len(load_pairs(tmp_path / "run" / "data", "test")) == 3 * len(first["test"])
+    assert 5 < len(first["test"]) < 30 and 5 < len(first["validation"]) < 30 and sum(map(len, first.values())) == 60
+    assert all(len(load_pairs(tmp_path / "run" / "data", part)) == 3 * len(found) for part, found in first.items())
 
 
 def test_dialogues_with_two_prompts_are_dropped(tmp_path):
