@@ -19,8 +19,9 @@ from model.parallel import bare, distribute
 from model.score import sha256_of
 from model.stage import Run, Text, check_vocabularies, open_text, part_ids, validation_prompts
 from model.watch import limit_passed
-from rl.ppo import PpoFlags, check_ppo_flags, check_rollout, summary, train_ppo
+from rl.ppo import PpoFlags, check_ppo_flags, summary, train_ppo
 from rl.rollout import Rollout, Sampling, roll_out
+from rl.watch import check_rollout
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from losses.logprobs import log_probs
 from model.heads import PolicyWithCritic, ScalarModel
 from rl import ppo
 from rl.ppo import Batch, check_ppo_flags, explained_variance, make_batch, minibatch_loss, update
+from rl.watch import check_first_ratio
 
 NAN = float("nan")
 LENGTHY = ("kl", "logp", "ref_logp", "values")
@@ -359,17 +360,17 @@ def test_the_first_ratio_is_the_largest_and_not_a_sum(micro_batch):
 
 def test_one_token_may_be_off_by_more_than_all_tokens_in_the_mean():
     """Rounding at one unlikely token stops nothing; what a wrong token or mask does there, does."""
-    assert ppo.check_first_ratio(ALONE, 5e-7, 5e-4, "here") == 5e-4
+    assert check_first_ratio(ALONE, 5e-7, 5e-4, "here") == 5e-4
     with pytest.raises(NumericalError, match="first ratio"):
-        ppo.check_first_ratio(ALONE, 5e-7, 2e-3, "here")
+        check_first_ratio(ALONE, 5e-7, 2e-3, "here")
 
 
 def test_in_bf16_the_mean_of_the_first_ratios_is_checked():
     """One token of a whole batch may be off by an eighth, which is a step of a bf16 logit near 30; all tokens by 0.06 are another model."""
     half = replace(ALONE, dtype=torch.bfloat16)
-    assert ppo.check_first_ratio(half, 0.01, 0.125, "here") == 0.125
+    assert check_first_ratio(half, 0.01, 0.125, "here") == 0.125
     with pytest.raises(NumericalError, match="first ratio"):
-        ppo.check_first_ratio(half, 0.06, 0.06, "here")
+        check_first_ratio(half, 0.06, 0.06, "here")
     policy, batch, rollout = made()
     with pytest.raises(NumericalError, match=r"is 6\.5\de-02 in the mean"):  # the mean over tokens, not over rows or their sum
         update(
