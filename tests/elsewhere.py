@@ -68,9 +68,36 @@ def run(operation, args, kwargs):
 
 
 # Factories, and the copy within torch.tensor(..., device=...), do not ask any tensor's class.
-everything, copying = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 everything.fallback(lambda operation, *args, **kwargs: run(operation, args, kwargs), "PrivateUse1")
-copying.impl("_to_copy", lambda *args, **kwargs: run(torch.ops.aten._to_copy.default, args, kwargs), "PrivateUse1")
+some.impl("_to_copy", lambda *args, **kwargs: run(torch.ops.aten._to_copy.default, args, kwargs), "PrivateUse1")
+
+# Autocast by CUDA's lists (docs.pytorch.org/docs/stable/amp.html), as far as this program has their operations: products in bf16, sums and
+# exponentials in fp32, all others as their inputs are.
+IN_BF16 = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
+IN_FP32 = (
+    "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "prod", "exp", "expm1", "log", "log1p", "logsumexp", "rsqrt", "reciprocal",
+    "pow.Tensor_Scalar", "softplus",
+)  # fmt: skip
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+
+def casting(operation, dtype):
+    def cast(x):
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+    def call(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return call
+
+
+for names, dtype in ((IN_BF16, torch.bfloat16), (IN_FP32, torch.float32)):
+    for name in names:
+        packet, _, overload = name.partition(".")
+        some.impl(name, casting(getattr(getattr(torch.ops.aten, packet), overload or "default"), dtype), "AutocastPrivateUse1")
+everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 if __name__ == "__main__":
     import train

@@ -28,7 +28,15 @@ def test_the_chain_learns_there_what_it_does_here(chain, elsewhere):
     same_courses(elsewhere, chain, TRAINED)
 
 
-def test_so_does_ppo_with_everything_switched_on(chain, elsewhere, tmp_path):
+def test_the_chain_goes_through_in_bf16(chain, tmp_path):
+    """By CUDA's lists of what autocast casts, which are not the CPU's; its always-on checks hold."""
+    output = command("--stage", "mpo", "--out", tmp_path / "run", *WORLD, *TINY, "--dtype", "bf16", program=ELSEWHERE)
+    assert "wins against SFT" in output
+    for line, expected in zip(steps(tmp_path / "run" / "sft"), steps(chain / "sft"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=0.03)
+
+
+def test_ppo_with_everything_switched_on_learns_the_same(chain, elsewhere, tmp_path):
     flags = [
         "--iterations", 2, "--prompts-per-iteration", 8, "--minibatch", 4, "--passes", 2, "--validations", 1, "--critic", "trunk", "--value-coef", 0.1,
         "--bootstrap", "--entropy-coef", 0.01, "--kl-placement", "loss", "--kl-estimator", "k2", "--kl-target", 1.0, "--target-kl", 0.5,
