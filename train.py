@@ -152,8 +152,9 @@ def check_flags(run: Run, stage: str) -> None:
         raise UsageError("--save-every: must be 0 or more")
     if {"size", "init"} <= set(run.given):
         raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
-    for name, place in run.given.items():
-        if re.fullmatch(r"((rm|dpo|ppo)_)?(init|ref|reward_model)", name) and not Path(place).is_dir() and run.folder not in Path(place).parents:
+    for name in filter(re.compile(r"((rm|dpo|ppo)_)?(init|ref|reward_model)").fullmatch, run.given):
+        place = Path(run.given[name])
+        if not place.is_dir() and not (run.chain and run.folder in place.parents):  # which the chain may be about to make
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if run.chain else (stage,):
         with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):

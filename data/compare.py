@@ -170,7 +170,7 @@ def compared(lines: Sequence[dict]) -> str:
         + ", ".join(f"{mark} {value}" for mark, value in marks.items() if value)
         + f". Made by {len(versions)} version{'s' * (len(versions) > 1)} of the code.\n",
         gaps_text(one_per_seed(lines)), reward_models_text(lines),
-        differences_text(lines, key),
+        differences_text(lines, key), settings_text(lines, key), samples_text(lines, key),
         f"At the weights that are {PICKS['best']}"
         + ("; best-of-n is not trained: the best of 16 answers, which is at most so far from SFT and costs 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
         table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
@@ -237,6 +237,40 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
         if rows:
             parts += [f"Claim: {claim}.\n", markdown_table(header, rows)]
     return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def settings_text(lines: Sequence[dict], key: str) -> str:
+    """What each setting changes of the claims' differences: whether selection pays the more, the noisier the labels. "" where none has both."""
+    names, rows = names_of(lines), []
+    for a, b in dict.fromkeys(pair for pairs in CLAIMS.values() for pair in pairs if "@" not in "".join(pair)):
+        for setting in dict.fromkeys(name.partition("@")[2] for name in names if "@" in name):
+            four = [of_row(lines, name) for name in (f"{a}@{setting}", f"{b}@{setting}", a, b)]
+            seeds = sorted(set.intersection(*map(set, four)))
+            if seeds:
+                here, there = ([at("best", key)(x[seed]) - at("best", key)(y[seed]) for seed in seeds] for x, y in (four[:2], four[2:]))
+                changed = paired_difference(here, there)
+                rows.append([f"{a} - {b}", setting, len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
+    header = ["", "setting", "seeds", "there", "with defaults", "change", "shown"]
+    return f"What a setting changes of a difference of {COLUMNS[key]}, best by own validation, on the seeds that have both:\n\n" + markdown_table(header, rows) if rows else ""
+
+
+def samples_text(lines: Sequence[dict], key: str) -> str:
+    """The claims' differences after equally many responses sampled online, at kept weights of one schedule; "" where no rows of PPO have any."""
+
+    def on_the_way(line: dict) -> dict[int, float]:
+        return {point["online_samples"]: point[key] for name, point in line["points"].items() if "/" in name and point["online_samples"]}
+
+    found = {}
+    for a, b in dict.fromkeys(pair for pairs in CLAIMS.values() for pair in pairs if "@" not in "".join(pair)):
+        first, second = of_row(lines, a), of_row(lines, b)
+        both = [(on_the_way(first[seed]), on_the_way(second[seed])) for seed in first if seed in second]
+        counts = set.intersection(*(set(way) for ways in both for way in ways)) if both else ()
+        if counts:
+            found[f"{a} - {b}"] = len(both), {n: paired_difference(*zip(*((x[n], y[n]) for x, y in both), strict=True)) for n in counts}
+    every = sorted({n for _, differences in found.values() for n in differences})
+    rows = [[name, seeds, *(format_interval(*there[n]) if n in there else None for n in every)] for name, (seeds, there) in found.items()]
+    header = ["", "seeds", *(f"{n:,}" for n in every)]
+    return f"Differences of {COLUMNS[key]} after equally many responses sampled online:\n\n" + markdown_table(header, rows) if rows else ""
 
 
 def trials_of(lines: Sequence[dict], name: str) -> dict[str, dict[int, dict]]:

@@ -16,7 +16,7 @@ MARKERS, DASHES = "os^Dvp*X", ("-", "--", "-.", ":")
 SCORE = "reward model's score (standard deviations)"
 INSTALL = 'pip install "matplotlib>=3.8,<4"'
 SWEEPS = {  # file -> (flag, default, what it is) of each panel
-    "threshold": (("split-quantile", 0.5, "quantile of the gaps from which a pair is easy"),),
+    "threshold": (("split-quantile", 0.5, "quantile of the prompts' largest undisputed gaps from which they are easy"),),
     "budget": (("ppo-iterations", 40, "rounds of PPO, 128 responses each"),),
     "noise": (
         ("label-temperature", 1.0, "label temperature"), ("flip-rate", 0.0, "share of flipped labels"), ("annotator-bias", 0.0, "annotator's liking of length"),
@@ -148,11 +148,14 @@ def bars(plt, lines: Sequence[dict]):
         middle, half = interval_of(values)
         axes.barh(place, middle - sft, left=sft, xerr=half, color=COLOURS[5], edgecolor="black", capsize=3, label=f"{PICKS['best']}, 95 % interval" if not place else None)
         axes.scatter(values, [place] * len(values), color="black", s=9, zorder=3, label="one seed" if not place else None)
-        axes.scatter([sum(last) / len(last)], [place], facecolors="none", edgecolors=COLOURS[1], marker="D", s=40, zorder=4, label="last" if not place else None)
+        if not name.startswith("best-of"):  # which nothing was trained for
+            axes.scatter([sum(last) / len(last)], [place], facecolors="none", edgecolors=COLOURS[1], marker="D", s=40, zorder=4, label="last" if not place else None)
     for mark, dash in (("sft", ":"), ("chosen", "--")):
         axes.axvline(mean_mark(lines, mark, key), color="black", linestyle=dash, linewidth=1, label=mark)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.margins(x=0.05)
+    axes.use_sticky_edges = False  # or SFT's line, where bars begin, would be the frame
     axes.set_xlabel(label)
     figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return figure

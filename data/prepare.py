@@ -1,8 +1,8 @@
 """The run's data: from a spec to training, validation and test pairs in `DIR/data`, made once and read by every stage.
 
 A built-in world is first written to disk in its real file format and then read like any other file. The test part is given by
---test-data (worlds bring one) or held out by the hash of how the prompt's dialogue begins, as is the validation part; so a prompt, and all of its
-dialogue, is always in one part.
+--test-data (worlds bring one) or held out by the hash of how the prompt's dialogue begins, as is the validation part; so a prompt is always in one
+part, and of files so is all of its dialogue.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from data.flags import flag
 from data.run import begin_stage, finish_stage, locked, open_stage
 from data.synthetic import WORLDS, write_world
 
-PARTS = ("train", "validation", "test")
 FORMATS = {"advice": "hh", "digest": "tldr"}  # whose format a built-in world's files have
 
 
@@ -30,12 +29,12 @@ class DataFlags:
     demonstrations: str | None = flag(None, "what SFT imitates, jsonl:PATH with prompt and response (default: the chosen responses)")
     template: str | None = flag(None, "put prompts of jsonl:PATH into this form (default: as they are)", choices=tuple(TEMPLATES))
     test_share: float = flag(0.1, "of the prompts, whole dialogues at a time, where --test-data is not given")
-    validation_share: float = flag(0.1, "of the remaining prompts, likewise")
+    validation_share: float = flag(0.1, "of the remaining prompts, of files whole dialogues at a time")
     max_prompt: int = flag(160, "tokens; longer prompts are shortened (dialogues keep their end, posts lose theirs)", positive=True)
     max_response: int = flag(64, "tokens; longer responses are cut, and then have no end token", positive=True)
     max_pairs: int | None = flag(None, "read only the first so many usable pairs of --data", positive=True)
     skip_bad_rows: int = flag(0, "so many unreadable rows are left out before the run stops")
-    strict: bool = flag(False, "stop where a test prompt is also a training prompt, in place of removing it from training")
+    strict: bool = flag(False, "stop where a test prompt, or its dialogue, is also in training, in place of removing it there")
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,10 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     pairs = pairs[: flags.max_pairs]
     if test_spec:
         test, of_test = read_pairs(test_spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "test-rejects.jsonl", template=template_of(test_spec, flags))
-        pairs, shared = without_shared_prompts(pairs, test, flags.strict)
+        pairs, shared = without_shared_prompts(pairs, test, flags)
     else:
-        test, shared, of_test = [p for p in pairs if is_held_out(opening(p.prompt), flags.test_share)], 0, {}  # no dialogue goes on in training
-        pairs = [p for p in pairs if not is_held_out(opening(p.prompt), flags.test_share)]
+        test, shared, of_test = [p for p in pairs if is_held_out(held_together(p.prompt, flags.data), flags.test_share)], 0, {}
+        pairs = [p for p in pairs if not is_held_out(held_together(p.prompt, flags.data), flags.test_share)]
     parts = {
         "train": [p for p in pairs if not for_validation(p.prompt, flags)],
         "validation": [p for p in pairs if for_validation(p.prompt, flags)],
@@ -127,7 +126,7 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
         )
     for part, rows in parts.items():
         atomic_write(folder / f"{part}.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    of_demonstrations = write_demonstrations(folder, flags, {pair.prompt for pair in test}) if flags.demonstrations else {}
+    of_demonstrations = write_demonstrations(folder, flags, {held_together(pair.prompt, flags.data) for pair in test}) if flags.demonstrations else {}
     sources = {"": left_out, " of --test-data": of_test, " of --demonstrations": of_demonstrations}
     reasons = "".join(f"; {count}{source} left out: {reason}" for source, found in sources.items() for reason, count in found.items())
     print(f"[data] {', '.join(f'{count} {part}' for part, count in counts.items())} pairs{reasons}")
@@ -135,31 +134,35 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     finish_stage(folder, "data", results | {"shared_with_test": shared})
 
 
-def without_shared_prompts(pairs: list[Pair], test: list[Pair], strict: bool) -> tuple[list[Pair], int]:
-    """The training pairs whose prompt is not a test prompt, and how many were; raises DataError about them where strict."""
-    test_prompts = {pair.prompt for pair in test}
-    kept = [pair for pair in pairs if pair.prompt not in test_prompts]
-    shared = len(pairs) - len(kept)
+def without_shared_prompts(pairs: list[Pair], test: list[Pair], flags: DataFlags) -> tuple[list[Pair], int]:
+    """The training pairs whose prompt, or dialogue, is none of the test pairs', and how many were; raises DataError about them under --strict."""
+    tested = {held_together(pair.prompt, flags.data) for pair in test}
+    shared = [pair for pair in pairs if held_together(pair.prompt, flags.data) in tested]
     if shared:
-        example = next(pair.where for pair in pairs if pair.prompt in test_prompts)
-        if strict:
-            raise DataError(f"{example}: this prompt is also a test prompt, as are those of {shared} training pairs in all; remove them, or leave out --strict")
-        print(f"warning: {shared} training pairs have a test prompt (first: {example}) and are left out")
-    return kept, shared
+        found = f"{shared[0].where}: this prompt, or one that begins its dialogue or goes on from it, is also in the test data"
+        if flags.strict:
+            raise DataError(f"{found}, as are those of {len(shared)} training pairs in all; remove them, or leave out --strict")
+        print(f"warning: {found}; {len(shared)} such training pairs are left out")
+    return [pair for pair in pairs if held_together(pair.prompt, flags.data) not in tested], len(shared)
+
+
+def held_together(prompt: str, data: str) -> str:
+    """What decides on the part that a prompt belongs to: how its dialogue begins, so that none goes on from one part into another; in a
+    built-in world, where dialogues that begin alike have nothing else in common, the prompt itself. data: the run's --data."""
+    return prompt if data in WORLDS else opening(prompt)
 
 
 def for_validation(prompt: str, flags: DataFlags) -> bool:
-    """Whether a prompt of training is held out to validate on, as its dialogue is; in a built-in world, where dialogues that begin alike have
-    nothing else in common, each by itself."""
-    return is_held_out(prompt if flags.data in WORLDS else opening(prompt), flags.validation_share, "validation")
+    """Whether a prompt of training is held out to validate on."""
+    return is_held_out(held_together(prompt, flags.data), flags.validation_share, "validation")
 
 
-def write_demonstrations(folder: Path, flags: DataFlags, test_prompts: set[str]) -> dict[str, int]:
-    """Reads --demonstrations, leaves out test prompts, and writes training and validation part; reason -> number of rows left out."""
+def write_demonstrations(folder: Path, flags: DataFlags, tested: set[str]) -> dict[str, int]:
+    """Reads --demonstrations, leaves out those of `tested` prompts or dialogues (`held_together`), and writes training and validation part; reason -> number of rows left out."""
     rejects = folder / "demonstration-rejects.jsonl"
     template = template_of(flags.demonstrations, flags)
     read, left_out = read_demonstrations(flags.demonstrations, skip_bad_rows=flags.skip_bad_rows, rejects=rejects, template=template)
-    rows = [row for row in read if row.prompt not in test_prompts]
+    rows = [row for row in read if held_together(row.prompt, flags.data) not in tested]
     if len(rows) < len(read):
         left_out["test prompt"] = len(read) - len(rows)
     for part, wanted in (("train", False), ("validation", True)):

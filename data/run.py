@@ -68,7 +68,8 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     with the same key, and so need not run.
 
     resume: an unfinished run with the same key is gone on with. Raises UsageError where the folder holds an unfinished run otherwise, or a
-    finished one with another key; CheckpointError where the run to resume has another key; ResourceError where it cannot be written.
+    finished one with another key, or anything that no stage wrote; CheckpointError where the run to resume has another key; ResourceError
+    where it cannot be written.
     """
     folder = Path(folder)
     key = {"flags": flags, "parents": {name: parent_key(path) for name, path in parents.items()}}
@@ -79,6 +80,8 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
             raise (CheckpointError if resume else UsageError)(f"{folder}: finished with other settings ({differences}); {way_out}")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that died just after its last word
         return False
+    if is_foreign(folder):
+        raise UsageError(f"{folder}: has files, but no {FLAGS}, so no stage of this program made them; choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not resume:
             raise UsageError(f"{folder}: holds an unfinished run; add --resume to go on with it, {way_out}")
@@ -109,6 +112,11 @@ def key_differences(made: dict, key: dict) -> str:
         for name in sorted({*made[group], *key[group]} - (CHANGE_NO_RESULT if group == "flags" else set()))
         if identity(made[group].get(name)) != identity(key[group].get(name))
     )
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder has files and none of them is this program's: a stage's first is its flags, of which a kill leaves at most a half."""
+    return not (folder / FLAGS).exists() and folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir())
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -174,7 +182,7 @@ def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         what = f"is unfinished; go on with it: {make_it} --resume" if folder.exists() else f"does not exist; make it with: {make_it}"
-        raise UsageError(f"{folder}: {what}")
+        raise UsageError(f"{folder}: {'holds files, but no stage of a run; give the folder of a run' if is_foreign(folder) else what}")
     manifest = read_json(folder / MANIFEST)
     if stages and manifest["stage"] not in stages:
         raise CheckpointError(f"{folder}: holds the stage {manifest['stage']!r} where one of {', '.join(stages)} is needed")

@@ -31,7 +31,7 @@ class FitFlags:
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
-    validations: int = flag(4, "how often the validation rows are looked at", positive=True)
+    validations: int = flag(4, "how often at most, evenly, the validation rows are looked at, besides the start", positive=True)
     patience: int = flag(2, "stop after so many validations without a better one", positive=True)
     snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-STEP, for eval.py to look at")
 

@@ -10,7 +10,7 @@ from data.errors import CheckpointError, DataError, UsageError
 from data.examples import paths_of, read_prompts
 from data.files import read_json, weights_digest
 from data.flags import flag
-from data.prepare import form_of, load_pairs
+from data.prepare import form_of, held_together, load_pairs
 from data.run import MANIFEST, METRICS, as_flags
 from model.checkpoint import CONFIG, count_parameters
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
@@ -77,7 +77,7 @@ def ppo_stage(run: Run) -> None:
         checks = validation_prompts(run, text, 32 if run.flags.quick else 128)
         saving = run.saving(folder, text, every=10)
 
-        def validate() -> dict[str, float]:
+        def validate(iteration: int) -> dict[str, float]:
             """Means over the validation prompts' responses, and the objective that decides which weights are kept."""
             keys = list(range(world.rank, len(checks), world.size))
             same_for_all = keys + [0] * (-(-len(checks) // world.size) - len(keys))  # FSDP needs as many rows of every process
@@ -87,7 +87,7 @@ def ppo_stage(run: Run) -> None:
             )  # fmt: skip
             rollout = Rollout(*(getattr(rollout, field.name)[: len(keys)] for field in dataclasses.fields(Rollout)))
             numbers = summary(rollout, world)
-            check_rollout(numbers, rollout, "ppo, validation", False, world, saving)
+            check_rollout(numbers, rollout, f"ppo, validation after iteration {iteration}", False, world, saving)
             return numbers | {"objective": numbers["score"] - flags.kl_coef * numbers["kl_ref_seq"]}
 
         def keep(snapshot: str) -> None:
@@ -106,18 +106,19 @@ def ppo_stage(run: Run) -> None:
 
 
 def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[int, ...]]:
-    """Ids of the prompts that PPO trains on: --prompts, or those of the chosen part of the split; never a test prompt."""
+    """Ids of the prompts that PPO trains on: --prompts, or those of the chosen part of the split; never one of validation or test."""
+    made_with = read_json(run.folder / "data" / MANIFEST)["flags"]
     if flags.prompts:
-        prompts = read_prompts(flags.prompts, template=form_of(read_json(run.folder / "data" / MANIFEST)["flags"]))
+        prompts = read_prompts(flags.prompts, template=form_of(made_with))
     else:
         ids = part_ids(run, flags.part)
         prompts = [(p.prompt, p.style) for p in load_pairs(run.folder / "data", "train") if ids is None or p.id in ids]
-    held_out = {pair.prompt for part in ("validation", "test") for pair in load_pairs(run.folder / "data", part)}
+    held_out = {held_together(pair.prompt, made_with["data"]) for part in ("validation", "test") for pair in load_pairs(run.folder / "data", part)}
     different = dict.fromkeys(prompts)
-    encoded_ones = [encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0] for prompt in different if prompt[0] not in held_out]
-    fitting = [ids for ids in encoded_ones if ids]
+    apart = [prompt for prompt in different if held_together(prompt[0], made_with["data"]) not in held_out]
+    fitting = [ids for prompt in apart if (ids := encode_prompt(*prompt, text.tokenizer, text.max_prompt)[0])]
     if len(fitting) < len(different):
-        run.say(f"  {len(different) - len(encoded_ones)} prompts of validation or test left out, {len(encoded_ones) - len(fitting)} above --max-prompt")
+        run.say(f"  {len(different) - len(apart)} prompts of validation or test left out, {len(apart) - len(fitting)} above --max-prompt")
     if not fitting:
         raise DataError(f"no prompt is left to train on after those of validation and test, and those above --max-prompt {text.max_prompt}")
     return fitting

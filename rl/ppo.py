@@ -67,7 +67,7 @@ class PpoFlags:
     warmup: float = flag(0.1, "share of the rounds in which the learning rate rises")
     weight_decay: float = flag(0.0, "AdamW's decay of the layers' matrices")
     clip: float = flag(1.0, "greatest norm of the whole gradient", positive=True)
-    validations: int = flag(5, "how often the validation prompts are answered", positive=True)
+    validations: int = flag(5, "how often at most, evenly, the validation prompts are answered, besides the start", positive=True)
     snapshots: bool = flag(True, "also keep the weights of every validation, in snapshot-ROUND, for eval.py to look at")
 
 
@@ -269,14 +269,14 @@ def train_ppo(
     seed: int,
     world: World,
     metrics: Metrics,
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
     keep: Callable[[str], None],
     saving: Saving | None = None,
 ) -> dict[str, float]:
     """Trains a PolicyWithCritic on prompts (lists of ids) and keep("") saves the best so far by validation's "objective",
     keep("snapshot-...") one of a series that ends with the last. The model as it came in counts as step -1.
 
-    same_start: policy and reference have the same weights, so the first KL must be 0. validate() -> numbers with "objective", on
+    same_start: policy and reference have the same weights, so the first KL must be 0. validate(iteration) -> numbers with "objective", on
     prompts of its own. Returns the best validation's numbers. Raises NumericalError where a number is not finite or an invariant fails,
     Interrupted after a signal.
     """
@@ -286,9 +286,9 @@ def train_ppo(
 
     def look(step: int) -> dict[str, float]:
         """Validation's numbers after an iteration."""
-        checked = validate()
+        checked = validate(step)
         if not math.isfinite(checked["objective"]):
-            raise NumericalError(f"ppo, iteration {step}: validation's objective is {checked['objective']}; the weights that were kept are good")
+            raise NumericalError(f"ppo, iteration {step}: validation's objective is {checked['objective']}")
         metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
         return {**checked, "step": step}
 

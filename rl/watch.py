@@ -1,7 +1,7 @@
 """What must hold in every round of PPO, and signs of a collapse that are told of once.
 
 What makes no sense to learn from ends the run before any weight moves: numbers that are not finite, a first ratio that is not 1, a first
-KL that is not 0 between models of the same weights. Each says where and, with the rows in failures/, on what.
+KL that is not 0 between models of the same weights. Each says where; rows with numbers that are not finite go to failures/.
 """
 
 import math
@@ -31,7 +31,7 @@ def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_
         suspects = as_rows(rollout, (~good).nonzero().flatten().tolist(), world)
         raise saving.not_finite(where, broken_names(numbers) or "a log-probability or value", suspects, world)
     if same_weights and abs(numbers["kl_ref_tok"]) > (2e-2 if world.dtype == torch.bfloat16 else 1e-5):
-        raise NumericalError(f"ppo: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
+        raise NumericalError(f"{where}: the first KL to the reference is {numbers['kl_ref_tok']:.2e} per token, though both start from the same weights")
 
 
 def check_first_ratio(world: World, mean: float, largest: float, where: str) -> float:
@@ -60,7 +60,7 @@ def warn_of_collapse(numbers: dict[str, float], warned: list[str], world: World)
             "eos_rate=0: no response ended; was the end token learnt in SFT (is `ended` of the SFT model near 1)? is --max-response too short?"),
         "kl": (numbers["kl_ref_tok"] > EXPLODED,
             f"the KL to the reference has grown to {numbers['kl_ref_tok']:.2f} nats per token, {numbers['kl_ref_seq']:.1f} per response; read some"
-            " responses: a score that rises here is mostly the reward model deceived; a larger KL coefficient, a target for the KL, or a smaller learning rate"),
+            " responses: a score that rises here is mostly the reward model deceived; take a larger KL coefficient, a target for the KL, or a smaller learning rate"),
     }  # fmt: skip
     new = [name for name, (seen, _) in signs.items() if seen and name not in warned]
     for name in new if world.is_main else ():

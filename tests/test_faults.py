@@ -163,6 +163,24 @@ def test_a_dialogue_does_not_go_on_from_one_part_into_another(tmp_path):
     assert all(len(load_pairs(tmp_path / "run" / "data", part)) == 3 * len(found) for part, found in first.items())
 
 
+def test_nor_from_a_file_of_test_data_into_training_or_demonstrations(tmp_path):
+    """Where a file of test pairs goes on from, or into, the dialogues of training, the latter are left out."""
+
+    def rows(numbers, turns):
+        prompts = [f"\n\nHuman: Name {n} fruits.\n\nAssistant: Figs." + "\n\nHuman: More?\n\nAssistant:" * turns for n in numbers]
+        return [{"chosen": f"{prompt} Yes.", "rejected": f"{prompt} No."} for prompt in prompts]
+
+    train, test = (write_rows(tmp_path / f"{name}.jsonl", rows(numbers, turns)) for name, numbers, turns in (("train", range(60), 1), ("test", range(40, 70), 2)))
+    shown = [{"prompt": f"\n\nHuman: Name {n} fruits.\n\nAssistant: Figs.\n\nHuman: So?\n\nAssistant:", "response": " Figs."} for n in range(10, 50)]
+    shown = write_rows(tmp_path / "shown.jsonl", shown)
+    flags = ("--data", f"hh:{train}", "--test-data", f"hh:{test}", "--demonstrations", f"jsonl:{shown}", "--validation-share", 0.2)
+    assert "20 training pairs in all" in here("--stage", "tokenizer", "--out", tmp_path / "run", *flags, "--strict", expect=3)
+    assert "20 such training pairs are left out" in here("--stage", "tokenizer", "--out", tmp_path / "run", *flags)
+    results = manifest(tmp_path / "run" / "data")["results"]
+    assert results["shared_with_test"] == 20 and results["pairs"]["test"] == 30 and sum(results["pairs"].values()) == 70
+    assert results["left_out_of_demonstrations"] == {"test prompt": 10}
+
+
 def test_dialogues_with_two_prompts_are_dropped(tmp_path):
     rows = [{key: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[key]}" for key in ("chosen", "rejected")} for row in GOOD]
     rows.insert(5, {"chosen": "\n\nHuman: Hi.\n\nAssistant: a", "rejected": "\n\nHuman: Hello.\n\nAssistant: b"})
@@ -225,7 +243,7 @@ def test_a_test_prompt_in_training_is_removed_with_a_warning_or_refused(tmp_path
     message, run = tokenizer_stage(tmp_path, GOOD, *flags, "--strict", expect=3)
     assert "rows.jsonl:1" in message and "7 training pairs" in message and not snapshot(run)
     output, run = tokenizer_stage(tmp_path, GOOD, *flags)
-    assert "warning: 7 training pairs have a test prompt" in output
+    assert "is also in the test data; 7 such training pairs are left out" in output
     results = manifest(run / "data")["results"]
     assert results["shared_with_test"] == 7 and results["pairs"]["test"] == 7 and sum(results["pairs"].values()) == 60
 

@@ -154,7 +154,7 @@ def test_a_reward_that_is_not_finite_is_told_with_its_rows(chain, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     before_it = snapshot(run)
     message = here("--stage", "ppo", "--out", run, *BUDGETS["ppo"], "--reward-model", broken, expect=5)
-    assert re.search(r"ppo, (validation|iteration \d+): .*score.* is not finite on rank 0; rows response \d+", message)
+    assert re.search(r"ppo, (validation after )?iteration -?\d+: .*score.* is not finite on rank 0; rows response \d+", message)
     dumped = Path(re.search(r"in (\S+failures\S+\.jsonl)", message)[1])
     rows = [json.loads(line) for line in dumped.read_text().splitlines()]
     assert rows and all(set(row) == {"id", "prompt", "response"} and "Human:" in row["prompt"] for row in rows)

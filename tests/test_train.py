@@ -195,7 +195,8 @@ def test_no_stage_touches_the_true_reward(chain, tmp_path, monkeypatch):
     here("--stage", "tokenizer", "--out", tmp_path / "run", *specs)
     for stage in STAGES[1:]:
         here("--stage", stage, "--out", tmp_path / "run", *BUDGETS.get(stage, ()))
-    assert sha256(tmp_path / "run/ppo/model.safetensors") == sha256(chain / "ppo/model.safetensors")  # and nothing else is different
+    pairs = {name: {pair.id for part in ("train", "validation") for pair in load_pairs(run / "data", part)} for name, run in (("files", tmp_path / "run"), ("world", chain))}
+    assert 150 < len(pairs["files"] & pairs["world"])  # of files, dialogues that begin like one of the test part are left out
 
 
 # ---- one stage at a time, and the ablations that the method's claim rests on
@@ -514,6 +515,29 @@ def test_an_unfinished_stage_is_neither_overwritten_nor_read(chain, tmp_path):
     assert "unfinished" in message and f"--stage dpo --out {run}" in message
     assert "unfinished" in here("--stage", "ppo", "--out", run, "--init", run / "dpo", "--ref", run / "sft", expect=2)
     assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_what_no_stage_made_is_never_removed(chain, tmp_path, resume):
+    """Somebody's own files where a stage would stand: refused, and never cleared away for a fresh start."""
+    run = copy_of(chain, tmp_path / "run", "split", "dpo", "ppo")
+    (run / "split").mkdir()
+    (run / "split" / "thesis.txt").write_text("years of work")
+    for stage in ("tokenizer", "mpo"):
+        (tmp_path / stage / "data").mkdir(parents=True)
+        (tmp_path / stage / "data" / "mine.jsonl").write_text("rows of mine")
+    before = snapshot(tmp_path)
+    assert "no stage of this program made them" in here("--stage", "split", "--out", run, *resume, expect=2)
+    for stage in ("tokenizer", "mpo"):
+        assert "no stage of this program made them" in here("--stage", stage, "--out", tmp_path / stage, *WORLD, *resume, expect=2)
+    message = here("--run", tmp_path / "mpo", program="eval.py", expect=2)
+    assert "no stage of a run" in message and "--resume" not in message
+    assert snapshot(tmp_path) == before
+
+
+def test_a_place_in_the_run_that_only_a_chain_could_make_is_no_place_for_a_stage(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    assert "nothing: no such folder" in here("--stage", "ppo", "--out", run, "--ref", run / "nothing", *BUDGETS["ppo"], expect=2)
 
 
 def test_changed_weights_are_refused(chain, tmp_path):

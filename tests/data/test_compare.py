@@ -10,8 +10,8 @@ import pytest
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
 from data.compare import (
-    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text, trials_text, tuned,
-    verdict,
+    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text,
+    samples_text, settings_text, trials_text, tuned, verdict,
 )  # fmt: skip
 from data.errors import DataError
 from data.grid import read_rows
@@ -116,6 +116,30 @@ def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
     assert trials_text(LINES, "true_reward") == ""
     without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
     assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score")
+
+
+def test_what_a_setting_changes_of_a_difference():
+    noisy = [line("dpo-easy@flip-rate-0.2", 1, (0, 2.0, 0)), line("dpo-easy@flip-rate-0.2", 2, (0, 1.0, 0)), line("dpo-all@flip-rate-0.2", 1, (0, 1.0, 0)), line("dpo-all@flip-rate-0.2", 2, (0, 0.5, 0))]
+    clean = [line("dpo-easy", 1, (0, 3.0, 0)), line("dpo-easy", 2, (0, 3.0, 0)), line("dpo-all", 1, (0, 2.5, 0)), line("dpo-all", 2, (0, 3.5, 0)), line("dpo-all", 3, (0, 9.0, 0))]
+    text = settings_text([*noisy, *clean], "true_reward")
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    # 1 and 0.5 with noise, 0.5 and -0.5 without: 0.5 and 1 more
+    assert cells[:3] == ["dpo-easy - dpo-all", "flip-rate-0.2", "2"] and [cell.split()[0] for cell in cells[3:6]] == ["0.75", "0.00", "0.75"]
+    assert settings_text(clean, "true_reward") == "" == settings_text(noisy, "true_reward")
+
+
+def test_differences_after_equally_many_responses():
+    def sampled(found):
+        for index, name in enumerate(name for name in found["points"] if "/" in name):
+            found["points"][name] = found["points"][name] | {"online_samples": 1000 * (index + 1)}
+        return found
+
+    lines = [sampled(line("mpo", seed, (1.0, 2.0, 3.0))) for seed in (1, 2)] + [sampled(line("ppo-all", seed, (0.5, 1.0 + seed, 3.5))) for seed in (1, 2)]
+    del lines[-1]["points"]["ppo/snapshot-2"]  # one stopped early
+    text = samples_text(lines, "true_reward")
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]] == ["", "seeds", "1,000", "2,000"]
+    assert [cell.strip().split()[0] for cell in text.splitlines()[-1].split("|")[1:-1]] == ["mpo", "2", "0.50", "-0.50"]
+    assert samples_text(LINES, "true_reward") == ""  # no responses are counted there
 
 
 def test_a_tie_on_validation_prompts_is_not_broken_by_the_test():

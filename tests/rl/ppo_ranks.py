@@ -58,7 +58,7 @@ def train(world, folder, name):
     model, ref, reward_model = made(world, flags.critic)
     sampling, checks, kept = replace(SAMPLING, temperature=flags.temperature), prompts_of(4, seed=8), []
 
-    def validate():
+    def validate(step):
         keys = list(range(world.rank, len(checks), world.size))
         rollout, _ = roll_out(
             model, ref, reward_model, [checks[k] for k in keys], keys,
@@ -121,7 +121,7 @@ def stop_on_nan(world):
             if what == "score":
                 train_ppo(
                     model, ref, BrokenOn(reward_model, last), prompts_of(6), BASE, SAMPLING, same_start=True, seed=SEED, world=world,
-                    metrics=Metrics(None), validate=lambda: {"objective": 0.0}, keep=lambda name: None,
+                    metrics=Metrics(None), validate=lambda step: {"objective": 0.0}, keep=lambda name: None,
                 )  # fmt: skip
             rollout, _ = roll_out(
                 model, ref, reward_model, [prompts_of(6)[k] for k in keys], keys, seed=3, step=0, sampling=SAMPLING, micro_batch=2, world=world

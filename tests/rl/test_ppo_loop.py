@@ -32,7 +32,7 @@ def train(model, ref, reward_model, flags, *, prompts=None, folder=None, objecti
     best = train_ppo(
         model, ref, reward_model, prompts or prompts_of(12), flags, replace(SAMPLING, **sampling),
         same_start=same_start, seed=0, world=world, metrics=Metrics(path),
-        validate=lambda: {"objective": next(given)}, keep=lambda name: kept.append((name, weights(model))),
+        validate=lambda step: {"objective": next(given)}, keep=lambda name: kept.append((name, weights(model))),
     )  # fmt: skip
     return best, kept, [json.loads(line) for line in path.read_text().splitlines()] if folder else []
 
@@ -261,7 +261,7 @@ def test_a_stopped_loop_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, st
             try:
                 best = train_ppo(
                     model, ref, Count(5), prompts_of(12), flags, SAMPLING, same_start=True, seed=0, world=ALONE, metrics=Metrics(path),
-                    validate=lambda given=given: {"objective": next(given)}, keep=lambda name: None,
+                    validate=lambda step, given=given: {"objective": next(given)}, keep=lambda name: None,
                     saving=Saving(folder, ALONE, every=1),
                 )  # fmt: skip
             except Stopped:
@@ -287,7 +287,7 @@ def test_a_collapse_is_not_told_again_after_a_stop(tmp_path, monkeypatch, capsys
         with contextlib.suppress(Stopped):
             train_ppo(
                 with_values(bigram(chain({}))), bigram(chain({})), Count(), prompts_of(12), replace(FLAGS, iterations=3), SAMPLING,
-                same_start=True, seed=0, world=ALONE, metrics=Metrics(tmp_path / "metrics.jsonl"), validate=lambda: {"objective": 0.0},
+                same_start=True, seed=0, world=ALONE, metrics=Metrics(tmp_path / "metrics.jsonl"), validate=lambda step: {"objective": 0.0},
                 keep=lambda name: None, saving=Saving(tmp_path, ALONE, every=1),
             )  # fmt: skip
     assert "".join(capsys.readouterr()).count("100 % of the responses are empty") == 1
