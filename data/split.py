@@ -62,7 +62,7 @@ class SplitFlags:
     gaps: str = flag("reward-model", "scores of the reward model, or what the rows of jsonl:PATH state as `gap`", ("reward-model", "given"))
     rule: str = flag("quantile", "how the pairs that are not disputed are split", ("threshold", "quantile", "random", "blind", "none"))
     threshold: float | None = flag(None, "rule threshold: the smallest easy gap, in raw log-odds")
-    quantile: float = flag(0.5, "rules quantile, random and blind: which quantile of the prompts' largest undisputed gaps is the threshold")
+    quantile: float = flag(0.5, "rules quantile, random, blind: of the prompts' largest undisputed gaps, the threshold")
     disputed: str = flag("difficult", "where pairs go that the reward model ranks the other way round", ("difficult", "easy", "drop"))
     per_pair: bool = flag(False, "judge every pair by its own gap, even if its prompt then is in both halves")
 
