@@ -215,8 +215,7 @@ def reward_models_text(lines: Sequence[dict]) -> str:
 
 def differences_text(lines: Sequence[dict], key: str) -> str:
     """The claims' comparisons that these lines allow, with defaults and in every setting that both rows have, and what settings change."""
-    names = names_of(lines)
-    settings = ["", *dict.fromkeys("@" + name.partition("@")[2] for name in names if "@" in name)]
+    names, settings = names_of(lines), ["", *settings_of(lines)]
     asked = {claim: [(a + setting, b + setting) for a, b in pairs for setting in settings] for claim, pairs in CLAIMS.items()}
     asked["a setting changes something"] = [(name, name.partition("@")[0]) for name in names if "@" in name]
     parts = [
@@ -239,17 +238,27 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
+def claimed_pairs() -> list[tuple[str, str]]:
+    """The claims' pairs of rows, each once, but for those that are of one setting."""
+    return list(dict.fromkeys(pair for pairs in CLAIMS.values() for pair in pairs if "@" not in "".join(pair)))
+
+
+def settings_of(lines: Sequence[dict]) -> list[str]:
+    """What follows a row's name where it is run in other settings, such as "@flip-rate-0.2"."""
+    return list(dict.fromkeys("@" + name.partition("@")[2] for name in names_of(lines) if "@" in name))
+
+
 def settings_text(lines: Sequence[dict], key: str) -> str:
     """What each setting changes of the claims' differences: whether selection pays the more, the noisier the labels. "" where none has both."""
-    names, rows = names_of(lines), []
-    for a, b in dict.fromkeys(pair for pairs in CLAIMS.values() for pair in pairs if "@" not in "".join(pair)):
-        for setting in dict.fromkeys(name.partition("@")[2] for name in names if "@" in name):
-            four = [of_row(lines, name) for name in (f"{a}@{setting}", f"{b}@{setting}", a, b)]
+    rows = []
+    for a, b in claimed_pairs():
+        for setting in settings_of(lines):
+            four = [of_row(lines, name) for name in (a + setting, b + setting, a, b)]
             seeds = sorted(set.intersection(*map(set, four)))
             if seeds:
                 here, there = ([at("best", key)(x[seed]) - at("best", key)(y[seed]) for seed in seeds] for x, y in (four[:2], four[2:]))
                 changed = paired_difference(here, there)
-                rows.append([f"{a} - {b}", setting, len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
+                rows.append([f"{a} - {b}", setting[1:], len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
     header = ["", "setting", "seeds", "there", "with defaults", "change", "shown"]
     return f"What a setting changes of a difference of {COLUMNS[key]}, best by own validation, on the seeds that have both:\n\n" + markdown_table(header, rows) if rows else ""
 
@@ -261,7 +270,7 @@ def samples_text(lines: Sequence[dict], key: str) -> str:
         return {point["online_samples"]: point[key] for name, point in line["points"].items() if "/" in name and point["online_samples"]}
 
     found = {}
-    for a, b in dict.fromkeys(pair for pairs in CLAIMS.values() for pair in pairs if "@" not in "".join(pair)):
+    for a, b in claimed_pairs():
         first, second = of_row(lines, a), of_row(lines, b)
         both = [(on_the_way(first[seed]), on_the_way(second[seed])) for seed in first if seed in second]
         counts = set.intersection(*(set(way) for ways in both for way in ways)) if both else ()

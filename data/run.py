@@ -181,8 +181,10 @@ def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
+        if is_foreign(folder):
+            raise UsageError(f"{folder}: holds files, but no stage of a run; give the folder of a run")
         what = f"is unfinished; go on with it: {make_it} --resume" if folder.exists() else f"does not exist; make it with: {make_it}"
-        raise UsageError(f"{folder}: {'holds files, but no stage of a run; give the folder of a run' if is_foreign(folder) else what}")
+        raise UsageError(f"{folder}: {what}")
     manifest = read_json(folder / MANIFEST)
     if stages and manifest["stage"] not in stages:
         raise CheckpointError(f"{folder}: holds the stage {manifest['stage']!r} where one of {', '.join(stages)} is needed")

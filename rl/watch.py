@@ -36,9 +36,8 @@ def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_
 
 def check_first_ratio(world: World, mean: float, largest: float, where: str) -> float:
     """Before any weight of a round has moved, policy and sampling policy are one, and so is every ratio. mean: of |log ratio| over the tokens
-    of all processes; largest: of this one's. Returns the largest of all; raises NumericalError where they are not 0 up to rounding. In fp32 that
-    was 6e-7 in the mean and 4e-5 for the worst of 1,500 unlikely tokens of 364M random parameters; in bf16, where a logit near 30 moves in
-    steps of 1/8, only the mean can tell."""
+    of all processes; largest: of this one's. Returns the largest of all; raises NumericalError where they are not 0 up to rounding, of which an
+    unlikely token of a large model has more than the mean; in bf16, where a logit near 30 moves in steps of 1/8, only the mean can tell."""
     everyone = np.zeros(world.size)
     everyone[world.rank] = largest
     largest = float(world.total(everyone).max())

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
-MOVES = ("aten._to_copy", "aten.copy_", "aten._copy_from", "aten._copy_from_and_resize")
+MOVES = ("aten._to_copy", "aten.copy_")
 
 
 class Backend(_DummyBackendModule):
@@ -61,10 +61,9 @@ def run(operation, args, kwargs):
         return x.inner if isinstance(x, Elsewhere) else torch.device("cpu") if isinstance(x, torch.device) else x
 
     def outside(x):
-        return outer.get(id(x)) if id(x) in outer else Elsewhere(x) if isinstance(x, torch.Tensor) and to == NAME else x
+        return outer[id(x)] if id(x) in outer else Elsewhere(x) if isinstance(x, torch.Tensor) and to == NAME else x
 
-    out = operation(*tree_map(inside, args), **tree_map(inside, kwargs))
-    return tree_map(outside, out)
+    return tree_map(outside, operation(*tree_map(inside, args), **tree_map(inside, kwargs)))
 
 
 # Factories, and the copy within torch.tensor(..., device=...), do not ask any tensor's class.

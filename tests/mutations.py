@@ -277,7 +277,7 @@ MUTATIONS = [
         ("other prompts keep their own form", "rl/online.py",
          "template=form_of(made_with)", "template=None", "tests/test_train.py -k form_of_the_runs"),
         ("quick data at full budgets", "data/prepare.py", "if made_with.get(\"quick\") and not quick:", "if False:", "tests/test_train.py -k quick_runs"),
-        ("somebody's files cleared away", "data/run.py", "    if is_foreign(folder):", "    if False:", "tests/test_train.py -k no_stage_made"),
+        ("somebody's files cleared away", "data/run.py", "    if is_foreign(folder):\n        raise UsageError(f\"{folder}: has files", "    if False:\n        raise UsageError(f\"{folder}: has files", "tests/test_train.py -k no_stage_made"),
         ("a dialogue of the test file in training", "data/prepare.py", "for pair in pairs if held_together(pair.prompt, flags.data) not in tested]", "for pair in pairs if pair.prompt not in tested]", "tests/test_faults.py -k nor_from_a_file"),
         ("a dialogue of the test file in demonstrations", "data/prepare.py", "for row in read if held_together(row.prompt, flags.data) not in tested]", "for row in read if row.prompt not in tested]", "tests/test_faults.py -k nor_from_a_file"),
         ("a dialogue in validation and training", "data/prepare.py", "return prompt if data in WORLDS else opening(prompt)", "return prompt", "tests/test_faults.py -k does_not_go_on"),

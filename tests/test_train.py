@@ -192,11 +192,11 @@ def test_no_stage_touches_the_true_reward(chain, tmp_path, monkeypatch):
         data.synthetic.true_reward("advice", "a", "b")
     world = chain / "data" / "world"
     specs = ["--data", f"hh:{world}/train.jsonl", "--test-data", f"hh:{world}/test.jsonl", "--max-response", 24, "--validation-share", 0.05]
-    here("--stage", "tokenizer", "--out", tmp_path / "run", *specs)
-    for stage in STAGES[1:]:
-        here("--stage", stage, "--out", tmp_path / "run", *BUDGETS.get(stage, ()))
-    pairs = {name: {pair.id for part in ("train", "validation") for pair in load_pairs(run / "data", part)} for name, run in (("files", tmp_path / "run"), ("world", chain))}
-    assert 150 < len(pairs["files"] & pairs["world"])  # of files, dialogues that begin like one of the test part are left out
+    here("--stage", "tokenizer", "--out", tmp_path / "files", *specs)
+    run = copy_of(chain, tmp_path / "run", *STAGES)  # with its data: of files, other prompts are held out than of the world
+    for stage in STAGES:
+        here("--stage", stage, "--out", run, *BUDGETS.get(stage, ()))
+    assert sha256(run / "ppo/model.safetensors") == sha256(chain / "ppo/model.safetensors")  # and nothing else is different
 
 
 # ---- one stage at a time, and the ablations that the method's claim rests on
