@@ -42,7 +42,7 @@ from model.offline import (
     sft_stage, split_stage, tokenizer_stage,
 )  # fmt: skip
 from model.optim import BY_SIZE, for_size
-from model.parallel import ALONE, DeviceFlags, ProcessFlags, exit_code, start
+from model.parallel import ALONE, FEWER, DeviceFlags, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.resume import LoopFlags
 from model.stage import Run, RunFlags
@@ -139,7 +139,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     if trains:
         add_flags(parser.add_argument_group("checkpoints, profile"), LoopFlags)
         add_flags(parser.add_argument_group("what it would need"), PlanFlags)
-    add_flags(parser.add_argument_group("processes and devices"), ProcessFlags if stage in ("tokenizer", "split") else DeviceFlags)
+    add_flags(parser.add_argument_group("processes and devices"), FEWER.get(stage, DeviceFlags))
     data = parser.add_argument_group("data", "in place when tokenizer or mpo make it; later stages take what it was made with, and refuse another")
     add_flags(data, DataFlags)
     add_flags(data, WorldFlags)

@@ -47,7 +47,8 @@ OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFla
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
 digest_once = cache(weights_digest)  # of a large model, for the keys of many rows
-OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}  # of all stages but those without a network
+OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}
+UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}}  # by stages without a network, and without a frozen one
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def typed(flags: dict[str, object]) -> list[str]:
 
 def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, cwd: Path | None = None) -> None:
     """One stage of a run with those of the flags that it reads."""
-    others = OF_DATA | OF_MODEL | (OF_NETWORKS if name in ("tokenizer", "split") else set())
+    others = OF_DATA | OF_MODEL | UNREAD.get(name, set())
     # of no stage in particular: device, dtype, --quick
     everywhere = {flag: v for flag, v in flags.items() if not re.match(r"--(tokenizer|sft|rm|split|dpo|ppo)-", flag) and flag not in others}
     own = stage_flags(flags, name)

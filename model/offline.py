@@ -17,7 +17,7 @@ from data.batches import PairRow, encode_pairs, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, NumericalError, UsageError
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import flag, take_flags
-from data.prepare import load_pairs
+from data.prepare import held_together, load_pairs
 from data.report import pair_accuracy, reward_model_report, reward_model_text
 from data.run import MANIFEST, METRICS, Metrics, as_flags
 from data.split import SplitFlags, split_pairs, write_split
@@ -61,7 +61,7 @@ class SftFlags(FitFlags):
 class RmFlags(FitFlags):
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     validations: int = flag(2, "how often the validation rows are looked at", positive=True)
-    folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it; 1: by the model trained on all", positive=True)
+    folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it, nor its prompt or dialogue; 1: by the model trained on all", positive=True)
     snapshots: bool = flag(False, "also keep the weights of every validation, in snapshot-STEP")
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
     reward_model: str | None = flag(None, "take this folder's reward model as it is and train none: no other flag of this stage is read then")
@@ -196,10 +196,11 @@ def rm_stage(run: Run) -> None:
     with run.stage("rm") as (folder, _, results):
         other = "take another reward model" if given else "try another --lr, or more data"
         train, validation, test = (encoded(run, text, part) for part in ("train", "validation", "test"))
-        prompt_of = {pair.id: pair.prompt for pair in load_pairs(run.folder / "data", "train")}
-        fold_of = np.array([stable_hash("fold", prompt_of[row.id]) % folds for row in train])
+        data = read_json(run.folder / "data" / MANIFEST)["flags"]["data"]
+        together = {pair.id: held_together(pair.prompt, data) for pair in load_pairs(run.folder / "data", "train")}
+        fold_of = np.array([stable_hash("fold", together[row.id]) % folds for row in train])
         if folds > 1 and len(set(fold_of)) == 1:
-            raise DataError(f"{run.folder / 'data'}: {len(set(prompt_of.values()))} training prompts fall into one of {folds} folds; give more, or --folds 1")
+            raise DataError(f"{run.folder / 'data'}: {len(set(together.values()))} training prompts or dialogues fall into one of {folds} folds; give more, or --folds 1")
         train_on = partial(train_reward_model, run, text, flags, init, validation)
         scores = np.zeros((len(train), 2))
         for fold in sorted(set(fold_of.tolist())) if folds > 1 else ():  # of few prompts or many folds some have none

@@ -36,11 +36,18 @@ class ProcessFlags:
 
 
 @dataclass(frozen=True)
-class DeviceFlags(ProcessFlags):
+class TrainingFlags(ProcessFlags):
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
+
+
+@dataclass(frozen=True)
+class DeviceFlags(TrainingFlags):
     offload: bool = flag(False, "keep models that do not learn (reference, reward model) in the CPU's memory between uses")
+
+
+FEWER = {"tokenizer": ProcessFlags, "split": ProcessFlags, "sft": TrainingFlags}  # of stages without a network, and without a frozen one
 
 
 @dataclass(frozen=True)

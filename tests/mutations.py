@@ -312,6 +312,7 @@ MUTATIONS = [
          "is_held_out(held_together(p.prompt, flags.data), flags.test_share)], 0, {}\n        pairs = [p for p in pairs if not is_held_out(held_together(p.prompt, flags.data), flags.test_share)]",
          "is_held_out(p.where, flags.test_share)], 0, {}\n        pairs = [p for p in pairs if not is_held_out(p.where, flags.test_share)]",
          f"{INVARIANCE} order_of_rows"),
+        ("folds by prompt, through dialogues", "model/offline.py", "pair.id: held_together(pair.prompt, data) for", "pair.id: pair.prompt for", "tests/test_faults.py -k part_or_fold"),
         ("the file's first prompts are asked", "model/answers.py",
          "ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))", "ordered = list(first)", f"{INVARIANCE} order_of_rows"),
         ("an answer by its place in the batch", "model/answers.py",

@@ -149,8 +149,9 @@ def test_plain_rows_of_other_files_get_the_form_of_the_data(tmp_path):
     assert manifest(tmp_path / "run" / "data")["results"]["left_out_of_demonstrations"] == {"test prompt": 5}
 
 
-def test_a_dialogue_does_not_go_on_from_one_part_into_another(tmp_path):
-    """Rows of HH that are one dialogue, longer and longer, go to a part together or not at all."""
+def test_a_dialogue_does_not_go_on_from_one_part_or_fold_into_another(tmp_path):
+    """Rows of HH that are one dialogue, longer and longer, go to a part together or not at all, and no fold model scores what goes on from, or
+    into, what it learnt from."""
     rows = []
     for n in range(60):
         turns = f"\n\nHuman: Name {n} fruits.\n\nAssistant: Figs.\n\nHuman: And more?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant:".split(" Figs.")
@@ -161,6 +162,11 @@ def test_a_dialogue_does_not_go_on_from_one_part_into_another(tmp_path):
     first = {part: {pair.prompt.split(" Figs.")[0] for pair in load_pairs(tmp_path / "run" / "data", part)} for part in ("train", "validation", "test")}
     assert 5 < len(first["test"]) < 30 and 5 < len(first["validation"]) < 30 and sum(map(len, first.values())) == 60
     assert all(len(load_pairs(tmp_path / "run" / "data", part)) == 3 * len(found) for part, found in first.items())
+    for stage in ("sft", "rm"):
+        here("--stage", stage, "--out", tmp_path / "run", *BUDGETS[stage])
+    fold_of = {line["id"]: line["fold"] for line in map(json.loads, (tmp_path / "run" / "rm" / "scores.jsonl").read_text().splitlines())}
+    folds = {dialogue: {fold_of[p.id] for p in load_pairs(tmp_path / "run" / "data", "train") if p.prompt.startswith(dialogue)} for dialogue in first["train"]}
+    assert {frozenset(of) for of in folds.values()} == {frozenset({0}), frozenset({1})}
 
 
 def test_nor_from_a_file_of_test_data_into_training_or_demonstrations(tmp_path):

@@ -126,7 +126,7 @@ def folders(run, published, tmp_path_factory):
             if way == "one":
                 here(*flags)
             else:
-                lines.append([str(flag) for flag in (*flags, "--parallel", way, "--checkpoint-activations", "--offload")])
+                lines.append([str(flag) for flag in (*flags, "--parallel", way, "--checkpoint-activations", *(["--offload"] if stage != "sft" else []))])
             made[way, stage] = copy / stage
     (base / "commands.json").write_text(json.dumps(lines))
     command(*TORCHRUN, "tests/commands_on_ranks.py", base / "commands.json", program="-m")

@@ -668,7 +668,7 @@ def test_a_finished_stage_is_not_taken_for_one_in_another_dtype_but_for_one_in_o
 def test_folds_that_all_prompts_fall_into_one_of_are_refused(chain, tmp_path, monkeypatch):
     run = copy_of(chain, tmp_path / "run", *STAGES[2:])
     monkeypatch.setattr("model.offline.stable_hash", lambda *parts: 0 if parts[0] == "fold" else stable_hash(*parts))
-    assert "training prompts fall into one of 2 folds; give more, or --folds 1" in here("--stage", "rm", "--out", run, *BUDGETS["rm"], expect=3)
+    assert "training prompts or dialogues fall into one of 2 folds; give more, or --folds 1" in here("--stage", "rm", "--out", run, *BUDGETS["rm"], expect=3)
     assert not (run / "rm").exists()
 
 
@@ -757,6 +757,8 @@ def test_help_lists_exactly_the_flags_of_the_stage():
     for stage in ("tokenizer", "split"):  # which have no network
         described = here("--stage", stage, "--help")
         assert "--device" in described and not any(flag in described for flag in ("--dtype", "--parallel", "--offload", "--checkpoint-activations"))
+    described = here("--stage", "sft", "--help")  # which has no frozen model
+    assert "--dtype" in described and "--offload" not in described
 
 
 def test_every_declared_flag_is_read():
