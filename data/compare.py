@@ -320,10 +320,13 @@ def course_text(lines: Sequence[dict]) -> str:
     for title, columns in COURSE.items():
         rows = []
         for name in names_of(lines):
-            found = [[[at[key] for at in line.get("course", ()) if key in at] for key in columns] for line in of_row(lines, name).values()]
-            if all(all(numbers) for numbers in found):
-                means = np.array([[[numbers[0], numbers[len(numbers) // 2], numbers[-1]] for numbers in of_seed] for of_seed in found]).mean(axis=0)
-                rows.append([name, *(", ".join(f"{value:.3g}" for value in of_column) for of_column in means)])
+            cells = []
+            for key in columns:
+                found = [[at[key] for at in line.get("course", ()) if key in at] for line in of_row(lines, name).values()]
+                means = np.mean([[numbers[0], numbers[len(numbers) // 2], numbers[-1]] for numbers in found], axis=0) if all(found) else []
+                cells.append(", ".join(f"{value:.3g}" for value in means) or None)
+            if cells.count(None) < len(cells) / 2:  # a stage of this kind, if perhaps a changed one
+                rows.append([name, *cells])
         if rows:
             parts += [f"How training went: {title}, at the beginning, half-way, at the end:\n", markdown_table(["", *columns.values()], rows)]
     return "\n".join(parts)

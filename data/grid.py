@@ -99,7 +99,9 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     pending = [task for task in wanted if keys[task] not in known]
     for line in (known[key] for key in keys.values() if key in known):
         check_defaults(grid, line)
-    print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already, in {grid.rows}")
+    others = sum(known[key]["code"] != code_version() for key in keys.values() if key in known)
+    of_others = f" ({others} by other versions of this code)" if others else ""
+    print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already{of_others}, in {grid.rows}")
     if not pending:
         return grid.rows
     with locked(grid.rows):  # two grids would write over each other's lines

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError, UsageError
@@ -63,11 +63,12 @@ def lock_of(folder: Path) -> Path:
     return Path(folder).with_name(f".{Path(folder).name}.lock")
 
 
-def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: bool = False) -> bool:
+def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: bool = False, untyped: Collection[str] = ()) -> bool:
     """Makes a stage's folder and writes its key: flags, and parents by the digest of their manifests. False where the stage is finished
     with the same key, and so need not run.
 
-    resume: an unfinished run with the same key is gone on with. Raises UsageError where the folder holds an unfinished run otherwise, or a
+    resume: an unfinished run with the same key is gone on with. untyped: flags that stand at their defaults; one that is newer than what lies
+    there makes no other key. Raises UsageError where the folder holds an unfinished run otherwise, or a
     finished one with another key, or anything that no stage wrote; CheckpointError where the run to resume has another key; ResourceError
     where it cannot be written.
     """
@@ -76,7 +77,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     key = json.loads(json.dumps(key))  # as it will be read back: a tuple is a list there
     way_out = "choose another --out, or remove the folder to make it anew (to keep both, do so in a copy of the run)"
     if (folder / MANIFEST).exists():
-        if differences := key_differences(read_json(folder / MANIFEST), key):
+        if differences := key_differences(read_json(folder / MANIFEST), key, untyped):
             raise (CheckpointError if resume else UsageError)(f"{folder}: finished with other settings ({differences}); {way_out}")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that died just after its last word
         return False
@@ -85,7 +86,7 @@ def begin_stage(folder: Path, flags: dict, parents: dict[str, Path], resume: boo
     if folder.is_dir() and any(folder.iterdir()):
         if not resume:
             raise UsageError(f"{folder}: holds an unfinished run; add --resume to go on with it, {way_out}")
-        if (folder / FLAGS).exists() and (differences := key_differences(read_json(folder / FLAGS), key)):
+        if (folder / FLAGS).exists() and (differences := key_differences(read_json(folder / FLAGS), key, untyped)):
             raise CheckpointError(f"{folder}: was begun with other settings ({differences}); resume it with those, or choose another --out")
         clear_unfinished(folder)
     if not (folder / FLAGS).exists():
@@ -99,17 +100,18 @@ CHANGE_NO_RESULT = {  # another value of these flags is no other stage
 }  # fmt: skip
 
 
-def key_differences(made: dict, key: dict) -> str:
-    """How a stage's key differs from the one that it was made with; nothing where it does not."""
+def key_differences(made: dict, key: dict, untyped: Collection[str] = ()) -> str:
+    """How a stage's key differs from the one that it was made with; nothing where it does not. untyped: as in `begin_stage`."""
 
     def difference(name: str, old, new) -> str:
         places = [entry.get("path") if isinstance(entry, dict) else entry for entry in (old, new)]
         return f"{name} {places[1]} was made anew since" if places[0] == places[1] else f"{name} was {places[0]}, is {places[1]}"
 
+    ignored = {"flags": CHANGE_NO_RESULT | (set(untyped) - set(made["flags"])), "parents": set()}
     return "; ".join(
         difference(name, made[group].get(name), key[group].get(name))
         for group in key
-        for name in sorted({*made[group], *key[group]} - (CHANGE_NO_RESULT if group == "flags" else set()))
+        for name in sorted({*made[group], *key[group]} - ignored[group])
         if identity(made[group].get(name)) != identity(key[group].get(name))
     )
 

@@ -160,8 +160,9 @@ def loss_flags(loss: Callable[..., Tensor]) -> dict[str, tuple[type, object, str
     Raises ValueError where a keyword argument lacks its type, its default or its line under `Args:`, or where there is no beta, by which
     implicit rewards are measured.
     """
-    block = re.search(r"^ *Args:\n((?: *\w+: .+\n)+)", loss.__doc__ or "", re.MULTILINE)
-    help_of = dict(re.findall(r"^ *(\w+): (.+)$", block[1], re.MULTILINE)) if block else {}
+    block = re.search(r"^Args:\n((?: {4}.+\n?)+)", inspect.cleandoc(loss.__doc__ or ""), re.MULTILINE)
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", block[1], re.MULTILINE) if block else []  # lines that are indented further go on
+    help_of = {name: " ".join(text.split()) for name, text in found}
     type_of = get_type_hints(loss)
     flags = {}
     for name, parameter in inspect.signature(loss).parameters.items():

@@ -6,6 +6,7 @@ the run whether it has to work at all, works in `with run.stage(...)`, and says 
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from data.batches import PairRow, encode_pairs, epoch_order, stable_hash
 from data.errors import CheckpointError, DataError, NumericalError, UsageError
+from data.examples import Pair
 from data.files import atomic_write, digest, read_json, weights_digest, write_json
 from data.flags import flag, take_flags
 from data.prepare import held_together, load_pairs
@@ -78,12 +80,15 @@ class DpoFlags(FitFlags):
 
 
 def loss_fields() -> list[tuple]:
-    """Every keyword argument of the preference losses as a flag: its help in the first that has it, its default in each."""
-    fields: dict[str, tuple[type, str, list[str]]] = {}
+    """Every keyword argument of the preference losses as a flag, with the help and the default that it has in each."""
+    fields: dict[str, tuple[type, dict[str, list[str]]]] = {}  # name -> type, and help -> losses with their defaults
     for loss, function in PREFERENCE_LOSSES.items():
         for name, (kind, default, text) in loss_flags(function).items():
-            fields.setdefault(name, (kind, text, []))[2].append(f"{loss} {default}")
-    return [(name, kind | None, flag(None, f"{text} (default: {', '.join(defaults)})")) for name, (kind, text, defaults) in fields.items()]
+            fields.setdefault(name, (kind, {}))[1].setdefault(text, []).append(f"{loss} {default}")
+    return [
+        (name, kind | None, flag(None, "; ".join(f"{text} (default: {', '.join(defaults)})" for text, defaults in texts.items())))
+        for name, (kind, texts) in fields.items()
+    ]
 
 
 LossFlags = dataclasses.make_dataclass("LossFlags", loss_fields(), frozen=True)
@@ -260,15 +265,19 @@ def split_stage(run: Run) -> None:
     with run.stage("split") as (folder, _, results):
         scored = [json.loads(line) for line in (rm / "scores.jsonl").read_text().splitlines()]
         pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "train")}
-        pairs, gaps = [pair_of[row["id"]] for row in scored], np.array([row["chosen"] - row["rejected"] for row in scored])
-        if flags.gaps == "given":
-            gaps = np.array([pair.gap for pair in pairs])
+        pairs = [pair_of[row["id"]] for row in scored]
+        gaps = gaps_of(pairs, {row["id"]: row["chosen"] - row["rejected"] for row in scored}, flags.gaps)
         split = split_pairs([pair.prompt for pair in pairs], gaps, flags, run.flags.seed)
         if run.world.is_main:
             write_split(folder, split, pairs, gaps, flags, {"seed": run.flags.seed, "scores": digest(rm / "scores.jsonl")})
         counts = {name: len(getattr(split, name)) for name in ("easy", "difficult", "dropped")}
         results |= counts | {"disputed": int(split.disputed.sum()), "threshold": split.threshold}
         run.say("  " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in results.items()))
+
+
+def gaps_of(pairs: Sequence[Pair], by_reward_model: dict[str, float], source: str) -> np.ndarray:
+    """What pairs of training, or of validation, are split by, by the source that --gaps names; (N,)."""
+    return np.array([{"reward-model": by_reward_model[pair.id], "given": pair.gap}[source] for pair in pairs])
 
 
 def check_given_gaps(run: Run) -> None:
@@ -375,8 +384,8 @@ def validation_part(run: Run, rows: list[PairRow], gaps: dict[str, float], part:
     if flags.rule == "quantile":  # that of the training pairs
         flags = dataclasses.replace(flags, rule="threshold", threshold=made["results"]["threshold"], quantile=SplitFlags.quantile)
     pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "validation")}
-    own = [pair_of[row.id].gap if flags.gaps == "given" else gaps[row.id] for row in rows]
-    split = split_pairs([pair_of[row.id].prompt for row in rows], np.array(own), flags, made["flags"]["seed"], may_be_empty=True)
+    pairs = [pair_of[row.id] for row in rows]
+    split = split_pairs([pair.prompt for pair in pairs], gaps_of(pairs, gaps, flags.gaps), flags, made["flags"]["seed"], may_be_empty=True)
     found = [rows[i] for i in getattr(split, part)]
     if not found:
         run.say(f"  no validation pair is {part}; validation looks at all of them")

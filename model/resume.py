@@ -246,7 +246,7 @@ class Saving:
         self.go_back_to(place, metrics, state["snapshots"])
         if self.world.is_main:
             if state["versions"] != versions():
-                print(f"warning: {place}: made by {state['versions']}, this is {versions()}; the result may differ in its last bits")
+                print(f"warning: {place}: made by {state['versions']}, this is {versions()}; the result may differ, in its last bits or by what was changed")
             print(f"  resumed from {place}" + (", the end of this training" if state["finished"] else ""))
         return state
 

@@ -22,7 +22,7 @@ from data.files import INDEX, atomic_write, copy_whole, digest, read_json, weigh
 from data.flags import flag, take_flags
 from data.prepare import DataFlags, WorldFlags, load_demonstrations, load_pairs
 from data.report import profile_text
-from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, finish_stage, lock_of, locked, open_stage
+from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, code_version, finish_stage, lock_of, locked, open_stage
 from data.split import read_split
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
@@ -80,6 +80,8 @@ class Run:
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
         """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
         same key, and that is said."""
+        typed = {flag.removeprefix(f"{name}_") if self.chain else flag for flag in self.given}
+        untyped = {flag for flag in flags if flag not in typed and not flag.endswith("_digest")}
         folder, flags = self.folder / name, flags | {"seed": self.flags.seed}
         if name in BY_SIZE:  # its network computes in this
             flags |= {"dtype": take_flags(DeviceFlags, self.given).dtype}
@@ -90,11 +92,14 @@ class Run:
                     raise UsageError(f"--resume: there is nothing in {folder} to go on with; leave the flag out")
                 if not (folder / MANIFEST).exists() or lock_of(folder).exists():  # a finished run may lie where nothing can be written
                     lock.enter_context(locked(folder))
-                finished = not begin_stage(folder, flags, parents, self.flags.resume)
+                finished = not begin_stage(folder, flags, parents, self.flags.resume, untyped)
             self.held.push(lock.pop_all())
         finished = self.world.any(finished)
         shown = " ".join(f"{key}={value}" for key, value in flags.items() if value is not None)
-        self.say(f"\n[{name}] is finished already, in {folder}" if finished else f"\n[{name}] {shown}")
+        if finished and read_json(folder / MANIFEST)["versions"]["code"] != code_version():
+            self.say(f"\n[{name}] is finished already, in {folder}, by another version of this code; to make it with this one, remove it")
+        else:
+            self.say(f"\n[{name}] is finished already, in {folder}" if finished else f"\n[{name}] {shown}")
         return not finished
 
     @contextlib.contextmanager

@@ -44,7 +44,7 @@ from rl.watch import as_rows, check_first_ratio, check_rollout, warn_of_collapse
 class PpoFlags:
     lr: float | None = flag(None, "peak learning rate (default: by model size, printed at the start)", positive=True)
     iterations: int = flag(40, "rounds of sampling and updating", positive=True)
-    prompts_per_iteration: int = flag(128, "responses sampled per round, over all processes", positive=True)
+    prompts_per_iteration: int = flag(128, "prompts per round, over all processes; each is answered once", positive=True)
     passes: int = flag(1, "passes over each round's responses", positive=True)
     minibatch: int = flag(32, "responses per optimiser step, over all processes", positive=True)
     micro_batch: int = flag(16, "responses per forward pass on one process; changes memory and speed, not results", positive=True)

@@ -665,6 +665,23 @@ def test_a_finished_stage_is_not_taken_for_one_in_another_dtype_but_for_one_in_o
     assert "[sft] is finished already" in here("--stage", "sft", "--out", chain, *BUDGETS["sft"], "--micro-batch", 3)
 
 
+def test_a_stage_that_other_code_has_finished_is_said_to_be_and_its_newer_flags_count_where_they_are_typed(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", *STAGES[3:])
+    again = ("--stage", "rm", "--out", run, *BUDGETS["rm"])
+    assert "by another version" not in here(*again)
+    made = manifest(run / "rm")
+    del made["flags"]["folds"]
+    (run / "rm" / "manifest.json").write_text(json.dumps(made | {"versions": made["versions"] | {"code": "0123"}}))
+    assert f"[rm] is finished already, in {run / 'rm'}, by another version of this code; to make it with this one, remove it" in here(*again)
+    assert "finished with other settings (folds was None, is 2)" in here(*again, "--folds", 2, expect=2)
+
+
+def test_a_tokenizer_that_was_trained_is_not_taken_for_one_that_is_given(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", *STAGES[1:])
+    message = here("--stage", "tokenizer", "--out", run, "--file", chain / "tokenizer" / "tokenizer.model", expect=2)
+    assert "finished with other settings (file_digest was None, is " in message
+
+
 def test_folds_that_all_prompts_fall_into_one_of_are_refused(chain, tmp_path, monkeypatch):
     run = copy_of(chain, tmp_path / "run", *STAGES[2:])
     monkeypatch.setattr("model.offline.stable_hash", lambda *parts: 0 if parts[0] == "fold" else stable_hash(*parts))

@@ -64,6 +64,17 @@ def test_a_stage_that_is_finished_with_the_same_key_need_not_run(tmp_path):
     assert (folder / "manifest.json").read_bytes() == before
 
 
+def test_a_flag_that_is_newer_than_the_folder_makes_another_key_only_where_it_is_typed(tmp_path):
+    folder = tmp_path / "dpo"
+    begin_stage(folder, {"lr": 1e-4}, {})
+    finish_stage(folder, "dpo", {})
+    assert begin_stage(folder, {"lr": 1e-4, "group": 1}, {}, untyped={"lr", "group"}) is False
+    with pytest.raises(UsageError, match=r"\(group was None, is 4\)"):
+        begin_stage(folder, {"lr": 1e-4, "group": 4}, {}, untyped={"lr"})
+    with pytest.raises(UsageError, match=r"\(lr was 0.0001, is 0.001\)"):
+        begin_stage(folder, {"lr": 1e-3}, {}, untyped={"lr"})  # a default that has changed
+
+
 def test_a_stage_that_is_finished_with_another_key_shows_the_difference_and_the_ways_out(tmp_path):
     parent, folder = finished(tmp_path / "sft", weights="x"), tmp_path / "dpo"
     begin_stage(folder, {"lr": 1e-4, "beta": 0.1}, {"init": parent})

@@ -212,6 +212,25 @@ def test_flags_of_dpo():
     assert flags["label_smoothing"] == (float, 0.0, "share of the labels believed to be wrong, in [0, 0.5) (conservative DPO)")
 
 
+def test_help_goes_on_in_lines_that_are_indented_further():
+    def long(pairs, *, beta: float = 0.1, gamma: float = 0.5):
+        """A loss.
+
+        Args:
+            beta: strength of the pull
+                to the reference
+            gamma: how much more likely the chosen response is to be,
+                in nats
+                per token
+
+        Source: none.
+        """
+
+    assert [text for _, _, text in loss_flags(long).values()] == [
+        "strength of the pull to the reference", "how much more likely the chosen response is to be, in nats per token"
+    ]  # fmt: skip
+
+
 def test_a_loss_without_a_line_of_help_says_what_it_needs():
     def silent(pairs, *, beta: float = 0.1, temper: float = 1.0):
         """A loss.
