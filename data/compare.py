@@ -97,14 +97,15 @@ def frontier(line: dict, key: str, before: Sequence[dict] = ()) -> list[tuple[fl
 
 def at_equal_kl(a: dict, b: dict, key: str, lines: Sequence[dict] = ()) -> tuple[float, float, float] | None:
     """The numbers of two of the lines at the KL of the nearer one's best point, and that KL; None where the farther one was never about so near:
-    all of its weights are over twice as far, or it started from a model as far.
+    all of its weights are over twice as far, or it started from a model as far. Nor is there one without a judge: the reward model that a row
+    was trained against would say how far it goes.
 
     The farther one is read on its frontier, straight between its points in the square root of the KL: a reward grows about so (Gao et al.,
     arXiv 2210.10760)."""
     near, far = sorted((a, b), key=at("best", "kl_sft"))
     kl, before = at("best", "kl_sft")(near), passed(lines, far)
     nearest = min(point["kl_sft"] for point in far["points"].values())
-    if kl <= 0 or nearest > 2 * kl or any(point["kl_sft"] >= kl for point in before):
+    if None in (a["made_with"]["judge"], b["made_with"]["judge"]) or kl <= 0 or nearest > 2 * kl or any(point["kl_sft"] >= kl for point in before):
         return None
     places, numbers = zip(*frontier(far, key, before), strict=True)
     nears, fars = at("best", key)(near), float(np.interp(math.sqrt(kl), np.sqrt(places), numbers))

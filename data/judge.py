@@ -80,10 +80,10 @@ def read_verdicts(path: Path, key_folder: Path) -> tuple[list[dict], list[float]
             raise DataError(f"{path}:{number}: pair {name} was judged on line {found[name][0]} already")
         found[name] = number, verdict
     keys = [[json.loads(line) for line in file.read_bytes().splitlines()] for file in sorted(Path(key_folder).glob("*.jsonl"))]
-    overlap = [len({entry["id"] for entry in key} & set(found)) for key in keys]
-    if not any(overlap):
+    overlap = [(len({entry["id"] for entry in key} & set(found)), -len(key)) for key in keys]  # of keys that know as many, the one that asked no more
+    if not any(known for known, _ in overlap):
         raise DataError(f"{path}: no pair of it was written by --judge-out for this run (keys are in {key_folder})")
-    key = keys[int(np.argmax(overlap))]
+    key = keys[overlap.index(max(overlap))]
     asked = {entry["id"] for entry in key if not entry["same"]}
     if unknown := sorted(set(found) - asked, key=lambda name: found[name][0]):
         raise DataError(f"{path}:{found[unknown[0]][0]}: pair {unknown[0]} was not asked about ({len(unknown)} such)")

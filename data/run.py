@@ -178,8 +178,8 @@ def check_run_folder(folder: Path, flag_name: str) -> None:
 def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict:
     """The manifest of a finished stage, its files checked against their digests.
 
-    make_it: the command that makes this folder. Raises UsageError where the stage is missing or unfinished, CheckpointError where a file
-    is missing or changed, or where the folder holds none of the expected stages.
+    make_it: the command that makes this folder. Raises UsageError where the stage is missing or unfinished, or what it was made from has been
+    made anew since, CheckpointError where a file is missing or changed, or where the folder holds none of the expected stages.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
@@ -196,7 +196,23 @@ def open_stage(folder: Path, make_it: str, stages: tuple[str, ...] = ()) -> dict
             raise CheckpointError(f"{folder / name}: missing, though the manifest lists it; {again}")
         if digest(folder / name) != expected:
             raise CheckpointError(f"{folder / name}: changed since it was written (digest differs); {again}")
+    check_ancestors(folder, manifest)
     return manifest
+
+
+def check_ancestors(folder: Path, manifest: dict) -> None:
+    """Raises UsageError where data or tokenizer that lie beside a stage are not those that it was made from, nor, for a split, the reward model;
+    and so on up. With other data than a model's its training prompts would be others' test prompts. What is gone cannot be compared."""
+    for name in ("rm",) if manifest["stage"] == "split" else ("tokenizer", "data"):
+        made, place = manifest["parents"].get(name), folder.parent / name
+        if not made or not (place / MANIFEST).exists():
+            continue
+        if made.get("manifest") != digest(place / MANIFEST):
+            raise UsageError(
+                f"{folder}: was made from another {name} than {place}, which was made anew since; remove {folder}, and what was made from it, and make"
+                f" it again: python train.py --stage {manifest['stage']} --out {folder.parent}"
+            )
+        check_ancestors(place, read_json(place / MANIFEST))
 
 
 class Metrics:

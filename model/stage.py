@@ -260,10 +260,5 @@ def validation_prompts(run: Run, text: Text, count: int) -> list[tuple[int, ...]
 
 
 def part_ids(run: Run, part: str) -> set[str] | None:
-    """Ids of the split's part; None for all pairs, which need no split. Raises UsageError where the run's reward model was made anew since."""
-    if part == "all":
-        return None
-    folder, rm = run.parent("split"), run.folder / "rm" / MANIFEST
-    if rm.exists() and digest(rm) != read_json(folder / MANIFEST)["parents"]["rm"]["manifest"]:
-        raise UsageError(f"{folder}: was made from the scores of another reward model than {rm.parent}; remove it, and what follows, and split again")
-    return set(read_split(folder)[part])
+    """Ids of the split's part; None for all pairs, which need no split."""
+    return None if part == "all" else set(read_split(run.parent("split"))[part])

@@ -89,6 +89,17 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def put_on_record(run):
+    """Makes a run in which a test has changed files one that could have been made so: digests of files, and of parents that are stages of it."""
+    for path in [run / stage / "manifest.json" for stage in ("data", *STAGES) if (run / stage).exists()]:
+        made = manifest(path.parent)
+        made["files"] = {name: sha256(path.parent / name) for name in made["files"]}
+        for parent in made["parents"].values():
+            place = run / Path(parent["path"]).name / "manifest.json"
+            parent |= {"manifest": sha256(place)} if "manifest" in parent and place.exists() else {}
+        path.write_text(json.dumps(made))
+
+
 def snapshot(folder):
     """Relative path -> digest of every file: what must not change when a command is refused."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}

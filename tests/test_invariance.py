@@ -15,7 +15,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import STAGES, TINY, TRAINED, WORLD, copy_of, here, metrics, sha256, steps
+from runs import STAGES, TINY, TRAINED, WORLD, copy_of, here, metrics, put_on_record, sha256, steps
 from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 from test_ranks import close, unsampled
@@ -188,6 +188,7 @@ def test_the_order_of_rows_decides_neither_who_is_held_out_nor_who_is_asked(chai
         parts.append({part: {pair.id for pair in load_pairs(run / "data", part)} for part in ("train", "validation", "test")})
         for stage in ("sft", "rm", "dpo"):
             shutil.copytree(chain / stage, run / stage)
+        put_on_record(run)
         here("--run", run, "--models", "sft", "--prompts", 5, "--judge-out", tmp_path / name / "pairs.jsonl", program="eval.py")
         asked.append((tmp_path / name / "pairs.jsonl").read_text())
     assert parts[0] == parts[1] and min(map(len, parts[0].values())) > 5

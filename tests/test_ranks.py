@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ONE_THREAD, ROOT, STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, sha256, steps
+from runs import ONE_THREAD, ROOT, STAGES, TINY, TRAINED, WORLD, command, copy_of, here, manifest, metrics, put_on_record, sha256, steps
 from safetensors.numpy import load_file
 from test_interruptions import lines, started, when
 
@@ -38,13 +38,12 @@ def three_steps(run, stage):
 
 
 def make_validation_odd(run):
-    """Takes a prompt out of the validation part where their number is even, and puts the file's new digest on record."""
-    path, listing = run / "data" / "validation.jsonl", manifest(run / "data")
+    """Takes a prompt out of the validation part where their number is even."""
+    path = run / "data" / "validation.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
     path.write_text("".join(line for line in lines if len(prompts) % 2 or json.loads(line)["prompt"] != prompts[0]))
-    listing["files"]["validation.jsonl"] = sha256(path)
-    (run / "data" / "manifest.json").write_text(json.dumps(listing))
+    put_on_record(run)
 
 
 @pytest.fixture(scope="module")

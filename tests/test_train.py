@@ -347,9 +347,7 @@ def test_a_split_by_gaps_that_the_data_states(chain, tmp_path, monkeypatch):
         prompts = sorted({row["prompt"] for row in rows})
         gap_of[part] = {row["id"]: (1.0 + prompts.index(row["prompt"])) / len(prompts) for row in rows}
         runs.write_rows(run / "data" / f"{part}.jsonl", [row | {"gap": gap_of[part][row["id"]]} for row in rows])
-        described = manifest(run / "data")
-        described["files"][f"{part}.jsonl"] = sha256(run / "data" / f"{part}.jsonl")
-        (run / "data" / "manifest.json").write_text(json.dumps(described))
+        runs.put_on_record(run)
     here("--stage", "split", "--out", run, "--gaps", "given")
     made, threshold = read_split(run / "split"), manifest(run / "split")["results"]["threshold"]
     assert min(gap_of["train"][row] for row in made["easy"]) >= max(gap_of["train"][row] for row in made["difficult"]) and not made["dropped"]
@@ -398,7 +396,7 @@ def test_a_given_reward_model_is_taken_as_it_is(chain, tmp_path):
     here("--stage", "rm", "--out", run, "--reward-model", chain / "rm")
     shutil.copytree(chain / "sft", run / "sft")
     message = here("--stage", "dpo", "--out", run, *BUDGETS["dpo"], expect=2)
-    assert "split: was made from the scores of another reward model" in message and not (run / "dpo").exists()
+    assert "split: was made from another rm than" in message and not (run / "dpo").exists()
 
 
 def test_a_chain_reads_with_the_tokenizer_of_a_given_reward_model(chain, tmp_path):
@@ -674,6 +672,16 @@ def test_a_stage_that_other_code_has_finished_is_said_to_be_and_its_newer_flags_
     (run / "rm" / "manifest.json").write_text(json.dumps(made | {"versions": made["versions"] | {"code": "0123"}}))
     assert f"[rm] is finished already, in {run / 'rm'}, by another version of this code; to make it with this one, remove it" in here(*again)
     assert "finished with other settings (folds was None, is 2)" in here(*again, "--folds", 2, expect=2)
+
+
+def test_models_of_a_run_whose_data_was_made_anew_are_neither_built_on_nor_compared(chain, tmp_path):
+    """The new parts are others: what was trained on would be tested on."""
+    run = copy_of(chain, tmp_path / "run", "ppo")
+    shutil.rmtree(run / "data")
+    here("--stage", "tokenizer", "--out", run, *WORLD, "--flip-rate", 0.3, expect=2)
+    message = f"{run / 'tokenizer'}: was made from another data than {run / 'data'}, which was made anew since; remove"
+    assert message in here("--stage", "ppo", "--out", run, *BUDGETS["ppo"], expect=2) and not (run / "ppo").exists()
+    assert message in here("--run", run, program="eval.py", expect=2) and not (run / "eval").exists()
 
 
 def test_a_tokenizer_that_was_trained_is_not_taken_for_one_that_is_given(chain, tmp_path):

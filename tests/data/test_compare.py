@@ -61,6 +61,8 @@ def test_rows_are_compared_at_the_kl_of_the_nearer_ones_best_weights():
     assert at_equal_kl(line("ppo-again", 1, (1.0, 2.0, 1.5)), early, "true_reward") is None  # its nearest are over twice as far
     early["points"]["ppo"]["kl_sft"] = 0.0
     assert at_equal_kl(early, early, "true_reward") is None and verdict(None) == "not comparable"
+    unjudged = line("ppo-again", 1, (1.0, 2.0, 1.5)) | {"made_with": {"judge": None, "flags": {}}}
+    assert at_equal_kl(unjudged, near, "true_reward") is None  # only the reward model that it was trained against scored its validation
 
 
 def test_what_validation_thinks_worse_than_something_nearer_is_not_on_the_frontier():

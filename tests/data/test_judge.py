@@ -117,10 +117,11 @@ def test_lines_that_are_no_verdict_are_named(asked, tmp_path, line):
 
 
 @pytest.mark.parametrize("count", [20, 40, 60])
-def test_verdicts_belong_to_the_questions_that_they_have_most_of(tmp_path, count):
-    """Pairs were written three times, the fewer among the more."""
+@pytest.mark.parametrize("seed", range(4))
+def test_verdicts_belong_to_the_questions_that_they_have_most_of(tmp_path, count, seed):
+    """Pairs were written three times, the fewer among the more; keys lie in any order."""
     for written in (20, 40, 60):
-        write_questions(tmp_path / f"{written}.jsonl", tmp_path / "keys", NAMES, made_up(written), "dialogue", 0)
+        write_questions(tmp_path / f"{written}.jsonl", tmp_path / "keys", NAMES, made_up(written), "dialogue", seed)
     rows = [json.loads(line) for line in (tmp_path / f"{count}.jsonl").read_text().splitlines()]
     key, first_won = read_verdicts(write(tmp_path / "in.jsonl", by_true_reward(rows)), tmp_path / "keys")
     assert len(key) == len(first_won) == count + 2

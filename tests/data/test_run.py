@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -119,6 +120,37 @@ def test_a_stage_cannot_begin_in_a_file(where, tmp_path):
     with pytest.raises(ResourceError, match="cannot be written") as stopped:
         begin_stage(tmp_path / where, {}, {})
     assert stopped.value.code == 6 and (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_a_stage_was_made_from_must_not_have_been_made_anew_since(tmp_path):
+    """Up to the data, through parents that are still the same; what is gone is not missed."""
+    data = finished(tmp_path / "data", "data", rows="abc")
+    tokenizer = finished(tmp_path / "tokenizer", "tokenizer", {"data": data}, model="abc")
+    sft = finished(tmp_path / "sft", "sft", {"tokenizer": tokenizer}, weights="abc")
+    rm = finished(tmp_path / "rm", "rm", {"init": sft, "data": data}, weights="abc")
+    split = finished(tmp_path / "split", "split", {"rm": rm}, easy="abc")
+    ppo = finished(tmp_path / "ppo", "ppo", {"rm": rm, "data": data}, weights="abc")
+    for folder in (sft, rm, split, ppo):
+        open_stage(folder, MAKE_IT)
+
+    def make_anew(folder, parents=None):
+        shutil.rmtree(folder)
+        finished(folder, folder.name, parents, rows="another")
+
+    make_anew(rm, {"init": sft, "data": data})
+    with pytest.raises(UsageError, match="split: was made from another rm than .*rm, which was made anew since; remove .*: python train.py --stage split --out") as stopped:
+        open_stage(split, MAKE_IT)
+    assert stopped.value.code == 2
+    open_stage(ppo, MAKE_IT)  # whose reward model may be from elsewhere
+    make_anew(split, {"rm": rm})
+    open_stage(split, MAKE_IT)
+    make_anew(data)
+    for folder, stale in ((sft, tokenizer), (rm, rm), (split, rm), (ppo, ppo)):
+        with pytest.raises(UsageError, match=f"{stale}: was made from another data than {data}, which was .* --stage {stale.name} --out {tmp_path}"):
+            open_stage(folder, MAKE_IT)
+    shutil.rmtree(data)
+    for folder in (sft, rm, split, ppo):
+        open_stage(folder, MAKE_IT)
 
 
 def test_a_changed_or_missing_file_is_named(tmp_path):
