@@ -95,11 +95,12 @@ class Run:
                 finished = not begin_stage(folder, flags, parents, self.flags.resume, untyped)
             self.held.push(lock.pop_all())
         finished = self.world.any(finished)
-        shown = " ".join(f"{key}={value}" for key, value in flags.items() if value is not None)
-        if finished and read_json(folder / MANIFEST)["versions"]["code"] != code_version():
-            self.say(f"\n[{name}] is finished already, in {folder}, by another version of this code; to make it with this one, remove it")
+        if finished:
+            other = read_json(folder / MANIFEST)["versions"]["code"] != code_version()
+            by_other = ", by another version of this code; to make it with this one, remove it" if other else ""
+            self.say(f"\n[{name}] is finished already, in {folder}{by_other}")
         else:
-            self.say(f"\n[{name}] is finished already, in {folder}" if finished else f"\n[{name}] {shown}")
+            self.say(f"\n[{name}] " + " ".join(f"{key}={value}" for key, value in flags.items() if value is not None))
         return not finished
 
     @contextlib.contextmanager
