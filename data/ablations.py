@@ -59,7 +59,8 @@ def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str
     return made
 
 
-DPO = ("dpo-all", "dpo-easy", "dpo-random", "dpo-blind")
+DPO = ("dpo-all", "dpo-easy", "dpo-blind")
+ARMS = (*DPO, "ppo-all", "mpo")
 STRONG = {"--pairs": 40_000, "--label-temperature": 0.1, "--flip-rate": 0.0, "--annotator-bias": 0.0}  # what the reward model `strong` learns from
 STRONGLY = {"--rm-reward-model": "strong"}  # splits and rewards by that one, whose folder the grid knows
 GROUPS: dict[str, dict[str, Row]] = {
@@ -67,9 +68,11 @@ GROUPS: dict[str, dict[str, Row]] = {
     "threshold": levels("--split-quantile", (0.1, 0.25, 0.75, 0.9), ("dpo-easy", "mpo")),  # the fifth, 0.5, is the default
     "disputed": levels("--split-disputed", ("easy", "drop"), ("dpo-easy", "mpo")),
     "folds": levels("--rm-folds", (1,), ("dpo-easy", "mpo")),  # pairs scored by the model that was trained on them
-    "temperature": levels("--label-temperature", (2.0, 4.0), (*DPO, "ppo-all", "mpo")),
-    "flips": levels("--flip-rate", (0.1, 0.2, 0.3), (*DPO, "ppo-all", "mpo")),
-    "bias": levels("--annotator-bias", (1.0, 2.0), (*DPO, "ppo-all", "mpo")),
+    # what noisy labels change of DPO's rows, at some levels each, and of the arms with PPO at one
+    "temperature": levels("--label-temperature", (2.0,), ("dpo-all", "dpo-easy", "ppo-all", "mpo"))
+    | levels("--label-temperature", (4.0,), ("dpo-all", "dpo-easy")),
+    "flips": levels("--flip-rate", (0.2,), ARMS) | levels("--flip-rate", (0.1, 0.3), DPO),
+    "bias": levels("--annotator-bias", (2.0,), (*ARMS, "dpo-random")) | levels("--annotator-bias", (1.0,), DPO),
     "labels": {  # is it the selection that helps, or the reward model's opinion, which all pairs could have?
         "relabelled-all": Row({"--dpo-part": "all", "--dpo-loss": "soft", "--dpo-sharpness": 1000.0}),
         "soft-all": Row({"--dpo-part": "all", "--dpo-loss": "soft"}),
@@ -78,23 +81,24 @@ GROUPS: dict[str, dict[str, Row]] = {
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-assumed-flips": 0.2, "--flip-rate": 0.2}),
     },
-    "strong": together(STRONGLY, "strong", ("dpo-all", "dpo-easy", "dpo-blind", "ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref"))
+    "strong": together(STRONGLY, "strong", ("dpo-all", "dpo-easy", "ppo-all", "mpo", "mpo-sft-ref"))
     | {"best-of-n@strong": Row({"--best-of": "2,4,8,16"} | STRONGLY)},
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
-    "beta": levels("--dpo-beta", (0.1, 0.2, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
+    "beta": levels("--dpo-beta", (0.1, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
-    "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
-    "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),
+    "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "mpo", "mpo-sft-ref")),
+    "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "mpo", "mpo-sft-ref")),
     "budget": levels("--ppo-iterations", (5, 10), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),  # 40 is the default
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
-    "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", (*DPO, "ppo-all", "mpo"))
-    | together({"--annotator-bias": 1.0, "--pairs": 2_000} | STRONGLY, "few-biased", (*DPO, "ppo-all", "mpo")),
+    "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", ARMS)
+    | together({"--annotator-bias": 1.0, "--pairs": 2_000} | STRONGLY, "few-biased", ARMS),
 }
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
     "DPO on easy pairs is at least as good as on all, and better than on others": (
         ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-blind"), ("dpo-easy", "dpo-difficult"),
         *((f"dpo-easy@split-quantile-{level}", "dpo-all") for level in (0.1, 0.25, 0.75, 0.9)), ("dpo-easy@split-disputed-easy", "dpo-all"),
+        ("dpo-easy@rm-folds-1", "dpo-all"),
     ),
     "the DPO model as reference beats the SFT model": (
         ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
@@ -137,10 +141,14 @@ def is_ppo(name: str) -> bool:
 
 
 def base_flags(name: str) -> dict[str, object]:
-    """Those flags of a row, and of the row it starts from, that change data, tokenizer, SFT or reward model: what rows share."""
+    """Those flags of a row that change data, tokenizer, SFT or reward model: what rows share. Raises ValueError where it has others than the row
+    that it starts from: the policy would be of one run, its SFT and reward model of another."""
     row = ROWS[name]
     own = {flag: value for flag, value in row.flags.items() if not flag.startswith(("--split-", "--dpo-", "--ppo-", "--best-of"))}
-    return (base_flags(row.start) if row.start else {}) | own
+    shared = base_flags(row.start) if row.start else own
+    if not own.items() <= shared.items():
+        raise ValueError(f"data/ablations.py: row {name}: {', '.join(own)}: the row that it starts from, {row.start}, must have the same")
+    return shared
 
 
 def stage_flags(flags: dict[str, object], stage: str) -> dict[str, object]:

@@ -199,7 +199,7 @@ def pairs_of(line: dict) -> int:
 
 
 def reward_models_text(lines: Sequence[dict]) -> str:
-    """The reward model of every setting that has one of its own; "" where there is no such setting. Rows that left the table are left out."""
+    """The reward model of the defaults and of every setting that has one of its own. Rows that left the table are left out."""
     of_setting: dict[str, list[dict]] = {}
     for line in lines:
         if line["row"] in ROWS:
@@ -211,7 +211,7 @@ def reward_models_text(lines: Sequence[dict]) -> str:
     }
     models = {flags or "none": one_per_seed(found) for flags, found in of_setting.items()}
     rows = [[flags, len(found), *(over_seeds(found, value) for value in columns.values())] for flags, found in models.items()]
-    return "Reward models by the flags that rows share:\n\n" + markdown_table(["flags", "seeds", *columns], rows) if len(rows) > 1 else ""
+    return "Reward models by the flags that rows share:\n\n" + markdown_table(["flags", "seeds", *columns], rows)
 
 
 def differences_text(lines: Sequence[dict], key: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.ablations import CLAIMS, CORE, ROWS, base_flags, chosen_rows, is_ppo, stage_flags
+from data.ablations import CLAIMS, CORE, ROWS, Row, base_flags, chosen_rows, is_ppo, stage_flags
 from data.errors import UsageError
 from train import build_parser
 
@@ -44,6 +44,13 @@ def test_what_a_row_shares_follows_from_the_row_it_starts_from():
     assert base_flags("mpo@rm-folds-1") == {"--rm-folds": 1}
     assert base_flags("mpo@split-quantile-0.25") == {} and ROWS["mpo@split-quantile-0.25"].start == "dpo-easy@split-quantile-0.25"
     assert base_flags("mpo@plenty-flipped") == {"--flip-rate": 0.2, "--pairs": 20_000}
+
+
+def test_a_row_of_other_data_than_its_start_is_refused(monkeypatch):
+    monkeypatch.setitem(ROWS, "mpo@mixed", Row({"--flip-rate": 0.2}, "dpo-easy"))
+    with pytest.raises(ValueError, match="row mpo@mixed: --flip-rate: the row that it starts from, dpo-easy, must have the same"):
+        base_flags("mpo@mixed")
+    assert [base_flags(name) for name in ROWS if name != "mpo@mixed"]  # and no row is such a one
 
 
 def test_rows_end_with_dpo_or_ppo():
