@@ -135,7 +135,8 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         title = parser.add_argument_group(f"stage {name}")
         for group in (*STAGE_FLAGS[name], *((ModelFlags,) if name == "sft" else ())):
             add_flags(title, group, f"{name}_" if whole and group is not ModelFlags else "")
-    add_flags(parser.add_argument_group("this run"), RunFlags)
+    if stage != "ablations":
+        add_flags(parser.add_argument_group("this run"), RunFlags)
     if trains:
         add_flags(parser.add_argument_group("checkpoints, profile"), LoopFlags)
         add_flags(parser.add_argument_group("what it would need"), PlanFlags)
@@ -177,17 +178,12 @@ CHECKS = {  # of flags that do not go together, besides those of any one
 
 def grid(given: dict) -> None:
     """The ablation grid: what is said of the grid itself, and the flags that every row is run with."""
-    about_grid = {field.name for field in dataclasses.fields(GridFlags)} | {"out", "seed"}
-    if "seed" in given:
-        raise UsageError("--seed: a grid has --seeds, with commas between")
-    if "resume" in given:
-        raise UsageError("--resume: a grid goes on by itself where it stopped; leave the flag out")
-    folder = Path(given.get("out", "runs/ablations"))
     flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
+    about_grid = {field.name for field in dataclasses.fields(GridFlags)} - {"quick"}
     common = {name: value for name, value in given.items() if name not in about_grid}
     check_data_flags(take_flags(DataFlags, common, data=common.get("data") or "advice"), common)
-    check_flags(Run(folder, take_flags(RunFlags, given), ALONE, common, True, {}), "mpo")
-    rows = run_grid(folder, flags, common, defaults())
+    check_flags(Run(Path(flags.out), take_flags(RunFlags, given), ALONE, common, True, {}), "mpo")
+    rows = run_grid(flags, common, defaults())
     print(f"\nnext: python eval.py --compare {rows}")
 
 

@@ -53,11 +53,13 @@ UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}} 
 
 @dataclass(frozen=True)
 class GridFlags:
+    out: str = flag("runs/ablations", "folder of the grid; it goes on by itself where it stopped")
     only: str = flag("core", "rows and groups of data/ablations.py, with commas between; the rows that they start from are run too")
     seeds: str = flag("1,2,3,4,5", "with commas between; each draws data, labels, weights and samples anew")
     jobs: int = flag(1, "processes at once, one thread each; changes no number", positive=True)
     rows: str | None = flag(None, "file of finished rows, which are not run again (default: OUT/rows.jsonl)")
     judge_data: str | None = flag(None, "pairs of the judging reward model, like --data (default: in worlds other draws, else no judge)")
+    quick: bool = flag(False, "four rows, two seeds, smallest budgets")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Grid:
     defaults: dict[str, object]
 
 
-def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, object]) -> Path:
+def run_grid(flags: GridFlags, given: dict, defaults: dict[str, object]) -> Path:
     """Runs every row that has no line yet and returns the rows file. `given`: the flags that were typed for all rows, by name; `defaults`:
     those of all flags, in the chain's names.
 
@@ -86,6 +88,7 @@ def run_grid(out: Path, flags: GridFlags, given: dict, defaults: dict[str, objec
     data = common.setdefault("--data", "advice")
     if data in WORLDS and not common.get("--quick") and "--test-data" not in common:
         common.setdefault("--test-prompts", TEST_PROMPTS)
+    out = Path(flags.out)
     grid = Grid(out.resolve(), Path(flags.rows or out / "rows.jsonl"), common, flags.judge_data or (data if data in WORLDS else None), defaults)
     if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
         raise UsageError(f"--seeds {flags.seeds}: give whole numbers with commas between")

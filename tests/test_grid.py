@@ -202,7 +202,7 @@ def test_a_strong_reward_model_is_made_on_other_pairs_and_given_to_all_rows(tmp_
     assert "--only dpo-all@strong: its reward model needs pairs without noise" in message
     common = {"rm_reward_model": str(next(tmp_path.glob("runs/base-*"))), "data": "advice"}
     with pytest.raises(UsageError, match="--only dpo-easy@rm-folds-1: has a reward model of its own"):
-        grid.run_grid(tmp_path, grid.GridFlags(only="folds", seeds="1"), common, {})
+        grid.run_grid(grid.GridFlags(str(tmp_path), only="folds", seeds="1"), common, {})
 
 
 def test_a_stage_that_another_grid_is_at_work_on_is_left_alone(tmp_path):
@@ -232,7 +232,7 @@ def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_p
     given = vars(build_parser("ablations").parse_args([str(word) for word in (*WORLD, *TINY)]))
     del given["stage"]
     with pytest.raises(UsageError, match=r"train.py --stage dpo stopped with exit code 2; read .*broken-1-\w+/log.txt"):
-        grid.run_grid(folder, grid.GridFlags(only="broken,after-broken,fine", seeds="1"), given, defaults())
+        grid.run_grid(grid.GridFlags(str(folder), only="broken,after-broken,fine", seeds="1"), given, defaults())
     assert [line["row"] for line in lines(folder / "rows.jsonl")] == [*ROWS, "fine"]
     assert "--lr -1.0: must be a positive" in next((folder / "runs").glob("broken-1-*/log.txt")).read_text()
 
@@ -240,8 +240,7 @@ def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_p
 def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
     for words, message in (
         (("--ppo-part", "all"), "--ppo-part: is what the rows differ in"),
-        (("--seed", "3"), "--seed: a grid has --seeds"),
-        (("--resume",), "--resume: a grid goes on by itself"),
+        (("--seed", "3"), "unrecognized arguments: --seed 3; see --help. A stage alone takes its flags by their own names (--lr), a chain by the stage's (--dpo-lr). Did you mean --seeds?"),
         (("--seeds", "1,x"), "--seeds 1,x: give whole numbers"),
         (("--only", "no-such"), "--only no-such: no such row"),
         (("--ppo-lr", "-1"), "--ppo-lr -1.0: must be a positive"),

@@ -54,6 +54,13 @@ def autocast(flags: argparse.Namespace):
     return torch.autocast(flags.device, torch.bfloat16, enabled=flags.dtype == "bf16")
 
 
+def peak_rate(flags: argparse.Namespace) -> float:
+    """Operations per second of a product of two large square matrices."""
+    side, dtype = 2048 if flags.device == "cpu" else 8192, torch.bfloat16 if flags.dtype == "bf16" else torch.float32
+    square = torch.randn(side, side, dtype=dtype, device=flags.device)
+    return 2 * side**3 / min(seconds(lambda: square @ square, 1, flags.device) for _ in range(5))
+
+
 def training(config: ModelConfig, rows: int, prompt: int, response: int, flags: argparse.Namespace) -> tuple[float, float]:
     """Seconds and operations of one step."""
     model = LanguageModel(config)
@@ -103,9 +110,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    side, dtype = 2048 if flags.device == "cpu" else 8192, torch.bfloat16 if flags.dtype == "bf16" else torch.float32
-    square, gib = torch.randn(side, side, dtype=dtype, device=flags.device), torch.zeros(2**28, device=flags.device)
-    peak = 2 * side**3 / min(seconds(lambda: square @ square, 1, flags.device) for _ in range(5))
+    peak, gib = peak_rate(flags), torch.zeros(2**28, device=flags.device)
     bandwidth = 2 * 2**30 / min(seconds(gib.clone, 1, flags.device) for _ in range(3))
     del gib
     print(f"{flags.device}, {flags.dtype}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
