@@ -34,7 +34,7 @@ from data import compare, pictures
 from data.batches import encode_prompt
 from data.errors import UsageError
 from data.examples import in_form
-from data.files import atomic_write, read_json, weights_digest, write_json
+from data.files import atomic_write, model_digest, read_json, write_json
 from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
@@ -109,7 +109,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
         answers["best"] = setting.written([best_response(world_name, q.prompt) for q in questions], questions)
-    digests = {name: weights_digest(folder / name) for name in dict.fromkeys(["sft", *names])}
+    digests = {name: model_digest(folder / name) for name in dict.fromkeys(["sft", *names])}
     found, distances = model_answers(folder, digests, questions, setting)
     if flags.best_of:
         picked, bounds = best_of(folder, found["sft"], questions, setting)

@@ -33,19 +33,21 @@ from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, prepare_data
 from data.run import CHANGE_NO_RESULT, MANIFEST, check_run_folder
 from data.split import SplitFlags, check_split_flags
+from data.tokenizer import Tokenizer, tokenizer_file
 from eval import QUICK_PROMPTS, compare_run
 from losses.dpo import PREFERENCE_LOSSES, loss_flags
 from model.answers import EvalFlags
-from model.checkpoint import count_parameters
+from model.checkpoint import count_parameters, open_model
+from model.heads import LanguageModel, ScalarModel
 from model.offline import (
     DpoFlags, LossFlags, ModelFlags, RmFlags, SftFlags, TokenizerFlags, check_given_gaps, check_rm, check_tokenizer, chosen_loss, dpo_stage, rm_stage,
-    sft_stage, split_stage, tokenizer_stage,
+    sft_stage, split_stage, tokenizer_stage, tokenizers_place,
 )  # fmt: skip
 from model.optim import BY_SIZE, for_size
 from model.parallel import ALONE, FEWER, DeviceFlags, exit_code, start
 from model.plan import Counts, PlanFlags, plan_job, plan_text, planned_config
 from model.resume import LoopFlags
-from model.stage import Run, RunFlags
+from model.stage import Run, RunFlags, Text, check_context, check_vocabularies
 from rl.online import PpoStageFlags, check_ppo, ppo_stage
 
 CHAIN = ("tokenizer", "sft", "rm", "split", "dpo", "ppo")
@@ -114,9 +116,12 @@ def plan(run: Run, stage: str) -> None:
         if name == "rm" and flags.reward_model:
             print(f"\n[rm] trains nothing: it takes {flags.reward_model} as it is")
             continue
-        config = planned_config(asked.size, model.init or getattr(flags, "init", None), run.flags.out)
+        init, limits = model.init or getattr(flags, "init", None), take_flags(DataFlags, run.given)
+        config = planned_config(asked.size, init, run.flags.out)
+        if init:
+            check_context(Path(init), config, limits.max_prompt, limits.max_response)
         flags = for_size(name, flags, Counts.of(config).model)
-        print(plan_text(plan_job(name, config, flags, device, take_flags(DataFlags, run.given), asked.world), asked.gpu_memory, prefix))
+        print(plan_text(plan_job(name, config, flags, device, limits, asked.world), asked.gpu_memory, prefix))
         if name != "ppo" or not (judge := flags.reward_model or (run.chain and run.take("rm", RmFlags).reward_model)):
             continue
         if (there := count_parameters(Path(judge))) != (here := Counts.of(config).model):
@@ -155,7 +160,7 @@ def check_flags(run: Run, stage: str) -> None:
         raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
     for name in filter(re.compile(r"((rm|dpo|ppo)_)?(init|ref|reward_model)").fullmatch, run.given):
         place = Path(run.given[name])
-        if not place.is_dir() and not (run.chain and run.folder in place.parents):  # which the chain may be about to make
+        if not place.is_dir() and not (run.chain and inside(run.folder, place)):  # which the chain may be about to make
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if run.chain else (stage,):
         with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):
@@ -165,8 +170,36 @@ def check_flags(run: Run, stage: str) -> None:
                     raise UsageError(f"--{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
             if name in CHECKS:
                 CHECKS[name](run, flags)
+    if run.chain:
+        check_models(run)
 
 
+def inside(folder: Path, place: Path) -> bool:
+    return folder.resolve() in place.resolve().parents
+
+
+def check_models(run: Run) -> None:
+    """Opens every model that a flag of the chain names, as its stage will when hours have gone by, and raises what that would raise then. Those of
+    the run itself its stages look at."""
+    file, made = tokenizers_place(run, run.take("tokenizer", TokenizerFlags)), run.folder / "data" / MANIFEST
+    limits = take_flags(DataFlags, run.given | (read_json(made)["flags"] if made.exists() else {}))
+    named = {name: Path(run.given[name]) for name in MODELS if name in run.given and not inside(run.folder, Path(run.given[name]))}
+    for name, folder in named.items():
+        kind, options = MODELS[name]
+        if file:
+            path = tokenizer_file(file) if Path(file).is_dir() else Path(file)
+            Text(Tokenizer(path), path, limits.max_prompt, limits.max_response).load(folder, kind, **options)
+        else:
+            open_model(folder, kind, **options)
+        if kind is ScalarModel and "init" in named:
+            check_vocabularies(named["init"], reward_model=folder)
+
+
+MODELS = {  # flags of the chain that name a model's folder, and as what it is opened
+    "init": (LanguageModel, {}), "rm_init": (ScalarModel, {"new_head": True}), "rm_reward_model": (ScalarModel, {}),
+    "dpo_init": (LanguageModel, {}), "dpo_ref": (LanguageModel, {}),
+    "ppo_init": (LanguageModel, {}), "ppo_ref": (LanguageModel, {}), "ppo_reward_model": (ScalarModel, {}),
+}  # fmt: skip
 CHECKS = {  # of flags that do not go together, besides those of any one
     "tokenizer": check_tokenizer,
     "rm": check_rm,

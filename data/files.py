@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from data.errors import CheckpointError, ResourceError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a model's folder: one file, or a list of several
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"  # of a model's folder; its weights are one file, or a list of several
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -54,14 +54,17 @@ def write_json(path: Path, value) -> None:
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path):
-    """The value in a JSON file that this program wrote; raises CheckpointError naming the file when it is missing or damaged."""
+def read_json(path: Path, kind: type = dict):
+    """The value in a JSON file; raises CheckpointError naming the file when it is missing, damaged, or of another kind."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); make it again with the stage that wrote it") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a {kind.__name__} is expected; make or fetch it again")
+    return value
 
 
 def digest(path: Path) -> str:
@@ -75,18 +78,20 @@ def weight_files(folder: Path) -> list[Path]:
     folder = Path(folder)
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensors to files; fetch it again")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).exists():
             raise CheckpointError(f"{folder / INDEX}: lists {name!r}, which is no safetensors file of this folder; fetch the whole folder again")
     return [folder / name for name in names]
 
 
-def weights_digest(folder: Path) -> str:
-    """What identifies a model's weights: SHA-256 of its file, or of the names and digests of its several files."""
+def model_digest(folder: Path) -> str:
+    """What identifies a model: SHA-256 of the names and digests of its config.json, which says how the weights are used, and its weights."""
     files = weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: holds no {WEIGHTS}")
-    if len(files) == 1:
-        return digest(files[0])
-    return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()
+    described = [path for path in [Path(folder) / CONFIG] if path.exists()]
+    return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in [*described, *files]).encode()).hexdigest()

@@ -32,7 +32,7 @@ import numpy as np
 from data.ablations import ROWS, STRONG, STRONGLY, base_flags, chosen_rows, is_ppo, stage_flags
 from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
-from data.files import atomic_write, digest, read_json, weights_digest, write_json
+from data.files import atomic_write, digest, model_digest, read_json, write_json
 from data.flags import flag
 from data.prepare import DataFlags, WorldFlags
 from data.run import MANIFEST, code_version, locked
@@ -46,7 +46,7 @@ JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no 
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
-digest_once = cache(weights_digest)  # of a large model, for the keys of many rows
+digest_once = cache(model_digest)  # of a large model, for the keys of many rows
 OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}
 UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}}  # by stages without a network, and without a frozen one
 
@@ -382,7 +382,7 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
         "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "course": course(folder / last / "metrics.jsonl"),
         "points": points, "picked": picked,
         "validation": {point: {key: value for key, value in plain(validation["rows"][point]).items() if key in ("score_raw", "true_reward")} for point in points},
-        "time": {"shared": read_json(base / "time.json"), "train": read_json(folder / "time.json"), "eval": time.perf_counter() - began},
+        "time": {"shared": read_json(base / "time.json", float), "train": read_json(folder / "time.json", float), "eval": time.perf_counter() - began},
     }  # fmt: skip
 
 

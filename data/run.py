@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError, UsageError
-from data.files import digest, read_json, weight_files, weights_digest, write_json
+from data.files import digest, model_digest, read_json, weight_files, write_json
 
 MANIFEST = "manifest.json"  # the last file of a stage's folder
 FLAGS = "flags.json"  # its first: flags and parents, which are its key
@@ -142,7 +142,7 @@ def parent_key(folder: Path) -> dict[str, str]:
     if (Path(folder) / MANIFEST).exists():
         return {"path": str(folder), "manifest": digest(Path(folder) / MANIFEST)}
     if weight_files(folder):
-        return {"path": str(folder), "weights": weights_digest(folder)}
+        return {"path": str(folder), "weights": model_digest(folder)}
     raise CheckpointError(f"{folder}: holds neither a finished stage nor model.safetensors")
 
 

@@ -85,9 +85,10 @@ class Setting:
         return distribute(self.text.load(folder, architecture), self.world, frozen=True).eval()
 
     def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
-        """Given texts as answers."""
+        """Given texts as answers: cut where a model's would be, for the reward model and for whoever judges beside it; a true reward reads them whole."""
         ids = [encode_response(text, self.text.tokenizer, self.text.max_response)[0] for text in texts]
-        return Answers([Row("", question.ids, response) for question, response in zip(questions, ids, strict=True)], list(texts))
+        rows = [Row("", question.ids, response) for question, response in zip(questions, ids, strict=True)]
+        return Answers(rows, list(texts) if self.world_name else [self.text.tokenizer.decode(row.response) for row in rows])
 
     def answer(
         self, model: LanguageModel, questions: Sequence[Question], title: str, *, greedy: bool, temperature: float, draw: int = 0

@@ -17,12 +17,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.errors import CheckpointError, UsageError
-from data.files import INDEX, WEIGHTS, atomic_write, read_json, weight_files, write_json
+from data.files import CONFIG, INDEX, WEIGHTS, atomic_write, read_json, weight_files, write_json
 from model.heads import LanguageModel, ScalarModel
 from model.parallel import bare, fill, whole
 from model.transformer import ModelConfig, RopeScaling
 
-CONFIG = "config.json"
 SHARD = 4 * 2**30  # bytes in one file of weights, and so in memory while a model is written
 FLOATS = ("F64", "F32", "F16", "BF16")
 RENAMED = {  # ours -> Hugging Face's, inside a layer
@@ -79,6 +78,8 @@ def rope_to_json(config: ModelConfig) -> dict:
 def rope_from_json(described: dict, path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from either spelling; raises CheckpointError on one that changes with the text's length."""
     rope = described.get("rope_scaling") or described.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: the rotary scaling {rope!r} is no object; take the field from the model's publisher")
     base = rope.get("rope_theta", described.get("rope_theta", 10_000.0))
     if described.get("rope_theta", base) != base:
         raise CheckpointError(f"{path}: rope_theta is {described['rope_theta']} and, inside rope_parameters, {base}; correct one of them")
@@ -93,6 +94,8 @@ def rope_from_json(described: dict, path: Path) -> tuple[float, RopeScaling | No
             return float(base), RopeScaling(kind, *bounds, int(rope["original_max_position_embeddings"]))
     except KeyError as error:
         raise CheckpointError(f"{path}: the rotary scaling {kind!r} lacks {error}; take the field from the model's publisher") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the rotary fields {rope | {'rope_theta': base}} are not all numbers ({error}); take them from the model's publisher") from error
     raise CheckpointError(
         f"{path}: rope_type = {kind!r} is not supported; only 'default', 'linear' and 'llama3' are, which do not change with a text's length"
     )
@@ -138,6 +141,9 @@ REFUSED = {  # field of config.json -> the values under which the result is that
 }
 
 
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+
+
 def config_from_json(described: dict, path: Path) -> ModelConfig:
     """ModelConfig from a LLaMA or Mistral config.json; raises CheckpointError naming a field that would change the result and is not
     supported. A Mistral's context ends at its sliding window: up to there it is a LLaMA."""
@@ -146,6 +152,11 @@ def config_from_json(described: dict, path: Path) -> ModelConfig:
             raise CheckpointError(
                 f"{path}: {field} = {described[field]!r} is not supported; only {' or '.join(map(repr, allowed))} is: start from another model"
             )
+    for field in COUNTS:
+        if field not in described:
+            raise CheckpointError(f"{path}: the field {field!r} is missing; is this a LLaMA checkpoint?")
+        if type(described[field]) is not int or described[field] < 1:
+            raise CheckpointError(f"{path}: {field} = {described[field]!r} is no positive whole number; take the field from the model's publisher")
     rope_base, rope_scaling = rope_from_json(described, path)
     window = described.get("sliding_window", 4096) if described.get("model_type") == "mistral" else None
     try:
@@ -159,11 +170,13 @@ def config_from_json(described: dict, path: Path) -> ModelConfig:
             context=min(described["max_position_embeddings"], window or described["max_position_embeddings"]),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
-            norm_epsilon=described["rms_norm_eps"],
+            norm_epsilon=float(described["rms_norm_eps"]),
             tied=described.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: the field {error} is missing; is this a LLaMA checkpoint?") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a field is not of the kind that it should be ({error}); fetch the file again") from error
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if (described.get("head_dim") or config.head_size) != config.head_size:
@@ -248,6 +261,12 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     if is_scalar != (kind is ScalarModel) and not new_head:
         wanted, found = ("reward model", "language model") if kind is ScalarModel else ("language model", "reward model")
         raise CheckpointError(f"{folder}: holds a {found} where a {wanted} is needed")
+    ends = described.get("eos_token_id")
+    if is_scalar and not new_head and (pad := described.get("pad_token_id")) is not None and pad in (ends if isinstance(ends, list) else [ends]):
+        raise CheckpointError(
+            f"{folder / CONFIG}: pad_token_id is the end token, {pad}, so transformers reads this reward model's score one token before the end token, where"
+            " such a model is trained to be read, and this program at it; train it on to be read there (--stage rm --init), or take another"
+        )
     new_head = new_head and not is_scalar
     config = config_from_json(described, folder / CONFIG)
     with torch.device("meta"):

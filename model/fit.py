@@ -107,12 +107,12 @@ def fit(
     keep: Callable[[str], None],
     saving: Saving | None = None,
     at_first: Callable[[dict], None] = lambda numbers: None,
-    at_validation: Callable[[dict], bool] = lambda numbers: False,
+    at_validation: Callable[[dict, int], bool] = lambda numbers, step: False,
 ) -> dict[str, float]:
     """Trains `model`; keep("") saves it as the best so far by validation loss, keep("snapshot-...") as one of a series that ends with the
     last. The model as it came in counts as step -1.
 
-    at_first(numbers) sees the first step's metrics before any weight moves; at_validation(numbers) may add to a validation's numbers and
+    at_first(numbers) sees the first step's metrics before any weight moves; at_validation(numbers, step) may add to a validation's numbers and
     ends training by returning True, before keep(). Returns the best validation's numbers with its step. Raises NumericalError as soon as
     a loss or gradient is not finite, Interrupted after a signal.
     """
@@ -126,8 +126,9 @@ def fit(
         """Validation's numbers after `step`, and whether to stop."""
         checked = evaluate(model, objective, validation, flags.micro_batch, world)
         if not math.isfinite(checked["loss"]):
-            raise NumericalError(f"{stage}, step {step}: the validation loss is {checked['loss']}; those kept are good; try a smaller --lr")
-        stop = at_validation(checked)
+            advice = "those kept are good; try a smaller --lr" if step >= 0 else "the weights that it starts from are broken, or its rows; start from another model"
+            raise NumericalError(f"{stage}, step {step}: the validation loss is {checked['loss']}; {advice}")
+        stop = at_validation(checked, step)
         metrics.log(step=step, **{f"valid_{name}": value for name, value in checked.items()}, time=time.perf_counter() - began)
         return {**checked, "step": step}, stop
 

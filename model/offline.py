@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from data.batches import PairRow, encode_pairs, epoch_order, stable_hash
-from data.errors import CheckpointError, DataError, NumericalError, UsageError
+from data.errors import DataError, NumericalError, UsageError
 from data.examples import Pair
-from data.files import atomic_write, digest, read_json, weights_digest, write_json
+from data.files import atomic_write, digest, model_digest, read_json, write_json
 from data.flags import flag, take_flags
 from data.prepare import held_together, load_pairs
 from data.report import pair_accuracy, reward_model_report, reward_model_text
@@ -106,19 +106,13 @@ def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
 
 
 def check_rm(run: Run, flags: RmFlags) -> None:
-    """Raises UsageError for a flag of training beside a reward model that is given, CheckpointError for one that is none, or, in a chain, whose
-    tokenizer is not that of the model it starts from."""
+    """Raises UsageError for a flag of training beside a reward model that is given, CheckpointError for one that is none."""
     given, names = flags.reward_model, {("rm_" if run.chain else "") + field.name for field in dataclasses.fields(RmFlags)}
     if not given:
         return
     if typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"}):
         raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {given}; leave one of them out")
     open_model(Path(given), ScalarModel)
-    if not run.chain:  # whose tokenizer is there, and is looked at by the stage
-        return
-    place = Path(tokenizers_place(run, run.take("tokenizer", TokenizerFlags)))
-    if digest(tokenizer_file(given)) != digest(tokenizer_file(place) if place.is_dir() else place):
-        raise CheckpointError(f"--reward-model {given}: its tokenizer is not that of {place}; give models of one tokenizer")
 
 
 def tokenizer_stage(run: Run) -> None:
@@ -331,7 +325,7 @@ def dpo_stage(run: Run) -> None:
             validation = validation_part(run, validation, gaps, flags.part)
         both = train + validation
         key = {
-            "weights": weights_digest(ref_path),
+            "weights": model_digest(ref_path),
             "tokenizer": text.tokenizer.digest,
             "max_prompt": text.max_prompt,
             "max_response": text.max_response,
@@ -343,13 +337,16 @@ def dpo_stage(run: Run) -> None:
             lambda: reference_logps(ref, both, pad_id, world), world,
         )  # fmt: skip
         ref_logps = {row.id: tuple(values) for row, values in zip(both, logps.tolist(), strict=True)}
-        same_start = weights_digest(init) == key["weights"]
+        same_start = model_digest(init) == key["weights"]
         model = distribute(model, world)
         prompts, seed = validation_prompts(run, text, WATCHED), stable_hash(run.flags.seed, "dpo", "watch")
 
-        def watch(numbers: dict[str, float]) -> bool:
+        def watch(numbers: dict[str, float], step: int) -> bool:
             numbers |= sampled_kl(model, ref, prompts, text, seed, world)
-            if passed := limit_passed(numbers, flags.max_kl, flags.max_fall):
+            passed = limit_passed(numbers, flags.max_kl, flags.max_fall)
+            if passed and step < 0:
+                raise UsageError(f"dpo: {passed}, before the first step: the model that it starts from is so far from the reference; raise the limit, or start nearer")
+            if passed:
                 run.say(f"warning: dpo: {passed}: the policy has left the reference's language; stopped. Try a larger beta or a smaller learning rate")
             return bool(passed)
 

@@ -28,7 +28,8 @@ from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
 from model.parallel import DeviceFlags, World
-from model.resume import Saving, LoopFlags
+from model.resume import LoopFlags, Saving
+from model.transformer import ModelConfig
 
 ABOUT_DATA = {"quick", *(field.name for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group))}
 
@@ -193,12 +194,17 @@ class Text:
         model = open_model(folder, kind, **options)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             raise CheckpointError(f"{folder}: vocab_size {model.config.vocab_size} is less than the {self.tokenizer.vocab_size} pieces of {theirs}")
-        if model.config.context < self.max_prompt + self.max_response:
-            raise UsageError(
-                f"{folder}: a context of {model.config.context} tokens is less than --max-prompt {self.max_prompt} + --max-response"
-                f" {self.max_response}; make the run's data with smaller ones"
-            )
+        check_context(folder, model.config, self.max_prompt, self.max_response)
         return model
+
+
+def check_context(folder: Path, config: ModelConfig, max_prompt: int, max_response: int) -> None:
+    """Raises UsageError where a model cannot read as many tokens as the limits allow."""
+    if config.context < max_prompt + max_response:
+        raise UsageError(
+            f"{folder}: a context of {config.context} tokens is less than --max-prompt {max_prompt} + --max-response {max_response}; make the run's"
+            " data with smaller ones"
+        )
 
 
 def check_vocabularies(policy: Path, ref: Path | None = None, reward_model: Path | None = None) -> None:

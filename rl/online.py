@@ -8,7 +8,7 @@ from pathlib import Path
 from data.batches import encode_prompt
 from data.errors import CheckpointError, DataError, UsageError
 from data.examples import paths_of, read_prompts
-from data.files import read_json, weights_digest
+from data.files import model_digest, read_json
 from data.flags import flag
 from data.prepare import form_of, held_together, load_pairs
 from data.run import MANIFEST, METRICS, as_flags
@@ -34,12 +34,15 @@ class PpoStageFlags(PpoFlags):
 
 
 def check_ppo(run: Run, flags: PpoStageFlags) -> None:
-    """Raises UsageError for what `check_ppo_flags` refuses, for prompts that cannot be read, and for as many as processes cannot share."""
+    """Raises UsageError for what `check_ppo_flags` refuses, for prompts that cannot be read, and for as many as processes cannot share;
+    CheckpointError for a reward model without its scores' scale."""
     check_ppo_flags(flags)
     if flags.prompts and ("ppo_part" if run.chain else "part") in run.given:
         raise UsageError(f"--part {flags.part}: is not read with --prompts; leave one of them out")
     if flags.prompts:
         paths_of(flags.prompts)
+    if flags.reward_model and (Path(flags.reward_model) / CONFIG).exists():
+        score_scale(Path(flags.reward_model))
     if flags.prompts_per_iteration % run.world.size:
         raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {run.world.size} processes")
 
@@ -53,13 +56,11 @@ def ppo_stage(run: Run) -> None:
     prompts = training_prompts(run, text, flags)
     policy, ref, reward_model = text.load(init, LanguageModel), text.load(ref_path, LanguageModel), text.load(rm_path, ScalarModel)
     check_vocabularies(init, ref_path, rm_path)
-    described = read_json(rm_path / CONFIG)
-    if "score_std" not in described:
-        raise CheckpointError(f"{rm_path / CONFIG}: score_mean and score_std are missing; the rm stage fits and stores them")
+    scale = score_scale(rm_path)
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
     flags = for_size("ppo", flags, count_parameters(init))
     warn_of_unhealthy(run, ref_path)
-    same_start = weights_digest(init) == weights_digest(ref_path)
+    same_start = model_digest(init) == model_digest(ref_path)
     parents = {"init": init, "ref": ref_path, "rm": rm_path, "data": run.folder / "data"}
     if not flags.prompts and flags.part != "all":
         parents["split"] = run.folder / "split"
@@ -67,7 +68,6 @@ def ppo_stage(run: Run) -> None:
         return
     with run.stage("ppo") as (folder, metrics, results):
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")
-        scale = (described["score_mean"], described["score_std"])
         model = distribute(PolicyWithCritic(policy, critic, *scale), world)
         ref, reward_model = (distribute(m, world, frozen=True) for m in (ref, reward_model))
         how = Sampling(
@@ -103,6 +103,17 @@ def ppo_stage(run: Run) -> None:
             saving=saving,
         )  # fmt: skip
         run.say(f"  best at iteration {results['step']}: score {results['score']:.2f}, KL to the reference {results['kl_ref_seq']:.2f}")
+
+
+def score_scale(rm: Path) -> tuple[float, float]:
+    """Mean and standard deviation of a reward model's scores, in log-odds; raises CheckpointError where they were never fitted."""
+    described = read_json(rm / CONFIG)
+    if "score_std" not in described:
+        raise CheckpointError(
+            f"{rm / CONFIG}: score_mean and score_std are missing, which the rm stage fits and stores; let it take this model: --stage rm --reward-model"
+            f" {rm}, in a chain --rm-reward-model {rm}"
+        )
+    return described["score_mean"], described["score_std"]
 
 
 def training_prompts(run: Run, text: Text, flags: PpoStageFlags) -> list[tuple[int, ...]]:

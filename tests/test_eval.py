@@ -14,7 +14,7 @@ from runs import copy_of
 
 from data.batches import Row, encode_pairs
 from data.errors import CheckpointError, NumericalError, UsageError
-from data.files import read_json, weights_digest, write_json
+from data.files import model_digest, read_json, write_json
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import preference_numbers, report_text, wins
 from data.run import begin_stage, finish_stage
@@ -93,6 +93,15 @@ def setting(run: Path, **flags) -> Setting:
 
 
 # ---- the numbers
+
+
+def test_a_given_text_is_judged_as_far_as_a_model_could_write(plain_run, world_run):
+    """By people and by the reward model alike; a true reward reads it whole."""
+    text, question = " " + "word " * 200, Question("Say 3 words.", "", (1, 5))
+    cut = setting(plain_run).written([text], [question])
+    assert len(cut.rows[0].response) == LIMITS["max_response"] and text.startswith(cut.texts[0]) and len(cut.texts[0]) < len(text)
+    assert setting(plain_run).written([" short"], [question]).texts == [" short"]
+    assert replace(setting(world_run), world_name="advice").written([text], [question]).texts == [text]
 
 
 def test_wins_and_ties_by_hand():
@@ -241,7 +250,7 @@ def test_the_policy_that_dpo_aims_at_follows_the_labels_that_it_learns_from(worl
         described = read_json(path)
         write_json(path, described | {"flags": described["flags"] | flags})
     monkeypatch.setattr(answers, "preference_numbers", lambda logps, ref_logps, ideal: aims.append(ideal) or preference_numbers(logps, ref_logps, ideal))
-    digests, pairs = {name: weights_digest(run / name) for name in ("sft", "dpo")}, load_pairs(run / "data", "test")
+    digests, pairs = {name: model_digest(run / name) for name in ("sft", "dpo")}, load_pairs(run / "data", "test")
     found = answers.pair_preferences(run, digests, [Question(pair.prompt, "", ()) for pair in pairs], replace(setting(run), world_name="advice"))
     odds = []
     kept = {row.id for row in encode_pairs(pairs, setting(run).text.tokenizer, *LIMITS.values())[0]}  # others are equal once cut

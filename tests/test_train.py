@@ -329,6 +329,12 @@ def test_ppo_warns_of_a_reference_that_failed_its_check(chain, tmp_path):
     run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
     said = here("--stage", "dpo", "--out", run, "--epochs", 2, "--validations", 2, "--lr", 1e-2, "--max-kl", 0.5)
     assert "kl_ref_seq is " in said and "above max-kl 0.5: the policy has left the reference's language; stopped" in said
+    far = copy_of(run, tmp_path / "far", "ppo") / "dpo"
+    shutil.rmtree(run / "dpo")
+    (*_, far) = sorted(far.glob("snapshot-*"))
+    said = here("--stage", "dpo", "--out", run, "--init", far, *BUDGETS["dpo"], "--max-kl", 0.5, expect=2)
+    assert "above max-kl 0.5, before the first step: " in said and not (run / "dpo").exists()
+    here("--stage", "dpo", "--out", run, "--epochs", 2, "--validations", 2, "--lr", 1e-2, "--max-kl", 0.5)
     (*_, broken) = sorted((run / "dpo").glob("snapshot-*"))
     for ref, warned in ((run / "dpo", False), (broken, True), (run / "sft", False)):
         shutil.rmtree(run / "ppo", ignore_errors=True)
@@ -405,11 +411,31 @@ def test_a_chain_reads_with_the_tokenizer_of_a_given_reward_model(chain, tmp_pat
     for words, code, message in (
         (["--rm-reward-model", chain / "sft"], 4, "holds a language model where a reward model is needed"),
         (["--rm-reward-model", chain / "rm", "--tokenizer-vocab-size", 400], 2, "has its own; leave the flag out"),
-        (["--rm-reward-model", other, "--init", chain / "sft"], 4, "its tokenizer is not that of "),
+        (["--rm-reward-model", other, "--init", chain / "sft", "--max-response", 24], 4, "is not the tokenizer of this run, "),
     ):
         assert message in here("--stage", "mpo", "--out", tmp_path / "run", *words, expect=code) and not (tmp_path / "run").exists()
     run = Run(tmp_path, RunFlags(), ALONE, {"rm_reward_model": str(chain / "rm")}, True, {})
     assert tokenizers_place(run, TokenizerFlags()) == str(chain / "rm")
+
+
+def test_models_of_later_stages_are_looked_at_before_a_chain_begins(chain, tmp_path):
+    """What dpo and ppo would refuse hours later."""
+    published, long = shutil.copytree(chain / "rm", tmp_path / "published"), ("--max-prompt", 600)
+    described = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({name: value for name, value in described.items() if "score_" not in name}))
+    other = shutil.copytree(chain / "sft", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(json.loads((other / "config.json").read_text()) | {"hidden_act": "gelu"}))
+    wide = shutil.copytree(chain / "sft", tmp_path / "wide")
+    (wide / "tokenizer.model").write_bytes((wide / "tokenizer.model").read_bytes() + b"\0")
+    for words, code, message in (
+        (["--ppo-reward-model", published], 4, "score_mean and score_std are missing, which the rm stage fits and stores; let it take this model: "),
+        (["--dpo-ref", other], 4, "hidden_act = 'gelu' is not supported"),
+        (["--ppo-init", chain / "rm"], 4, "holds a reward model where a language model is needed"),
+        (["--init", chain / "sft", "--ppo-ref", wide, "--max-response", 24], 4, "is not the tokenizer of this run"),
+        (["--init", chain / "sft", *long], 2, "a context of 184 tokens is less than --max-prompt 600 + --max-response 64"),
+        (["--init", chain / "sft", *long, "--plan"], 2, "a context of 184 tokens is less than --max-prompt 600 + --max-response 64"),
+    ):
+        assert message in here("--stage", "mpo", "--out", tmp_path / "run", *words, expect=code) and not (tmp_path / "run").exists()
 
 
 def test_a_comparison_says_that_another_reward_model_judges(chain, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small import CONFIG, SPECIAL, loud, ragged_rows
 
 from data.errors import CheckpointError
-from data.files import digest, weights_digest
+from data.files import model_digest
 from model.checkpoint import load_model, save_model
 from model.heads import LanguageModel, ScalarModel
 from model.score import to_tensors
@@ -200,6 +200,45 @@ def test_a_field_that_would_change_the_result_is_named(field, value, tmp_path):
     assert field in message or (field == "num_attention_heads" and "5 heads" in message)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": "32"}, "hidden_size = '32' is no positive whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 is no positive whole number"),
+        ({"num_key_value_heads": "2"}, "a field is not of the kind that it should be"),
+        ({"rms_norm_eps": None}, "a field is not of the kind that it should be"),
+        ({"rope_scaling": 2.0}, "the rotary scaling 2.0 is no object"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "are not all numbers"),
+        ({"rope_parameters": None, "rope_theta": "many"}, "are not all numbers"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused(fields, words, tmp_path):
+    stored(tmp_path)
+    edit_config(tmp_path, **fields)
+    assert words in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["[]", "3", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_file_that_describes_nothing_is_refused(name, content, tmp_path):
+    stored(tmp_path)
+    (tmp_path / name).write_text(content)
+    if "index" in name:
+        (tmp_path / "model.safetensors").unlink()
+    assert f"{tmp_path / name}: " in refusal(tmp_path)
+
+
+def test_a_reward_model_that_was_read_before_its_end_token_is_refused(tmp_path):
+    """transformers reads the last token that is no padding: where padding is the end token, that is the one before it."""
+    stored(tmp_path, ScalarModel)
+    for ends in (SPECIAL["eos_id"], [9, SPECIAL["eos_id"]]):
+        edit_config(tmp_path, eos_token_id=ends, pad_token_id=SPECIAL["eos_id"])
+        assert f"pad_token_id is the end token, {SPECIAL['eos_id']}" in refusal(tmp_path, ScalarModel)
+        load_model(tmp_path, ScalarModel, new_head=True)  # one to train on
+    edit_config(tmp_path, pad_token_id=SPECIAL["pad_id"])
+    load_model(tmp_path, ScalarModel)
+
+
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "nonsense"])
@@ -234,10 +273,20 @@ def test_a_tied_output_that_is_another_matrix_is_refused(tmp_path):
 # ---- several files
 
 
+def test_a_model_is_its_weights_and_what_config_json_says_of_them(tmp_path):
+    """Another rotary base makes another model of the same weights; a tokenizer or a manifest beside it does not."""
+    stored(tmp_path)
+    edit_config(tmp_path)  # the bytes as they will be written below
+    before = model_digest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert model_digest(tmp_path) == before
+    edit_config(tmp_path, rope_theta=100.0)
+    assert model_digest(tmp_path) != before
+
+
 @pytest.mark.parametrize("kind", [LanguageModel, ScalarModel])
 def test_weights_in_several_files_are_the_same_weights(kind, tmp_path, monkeypatch):
     whole = stored(tmp_path / "one", kind)
-    assert weights_digest(tmp_path / "one") == digest(tmp_path / "one" / "model.safetensors")
     monkeypatch.setattr("model.checkpoint.SHARD", 20_000)  # bytes; the feed-forward's two inputs alone have 10,240
     stored(tmp_path / "many", kind)
     names = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
@@ -246,10 +295,10 @@ def test_weights_in_several_files_are_the_same_weights(kind, tmp_path, monkeypat
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     listing = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert set(listing["weight_map"]) == set(load_file(tmp_path / "one" / "model.safetensors"))
-    before = weights_digest(tmp_path / "many")
+    before = model_digest(tmp_path / "many")
     edit_shard = tmp_path / "many" / names[1]
     save_file({name: value + 1 for name, value in load_file(edit_shard).items()}, edit_shard)
-    assert weights_digest(tmp_path / "many") != before
+    assert model_digest(tmp_path / "many") != before != model_digest(tmp_path / "one")
     edit_shard.unlink()
     assert f"lists '{names[1]}'" in refusal(tmp_path / "many", kind)
 

@@ -286,14 +286,14 @@ def test_a_validation_may_end_training_before_its_weights_are_kept():
     kept = []
     best = run_fit(
         loud(task("rm", 1)[0]), objective, rows, flags=replace(FLAGS, validations=10), validation=rows[:1],
-        keep=lambda snapshot: kept.append(1), at_validation=lambda numbers: numbers["loss"] < 4.5,
+        keep=lambda snapshot: kept.append(1), at_validation=lambda numbers, step: numbers["loss"] < 4.5,
     )  # fmt: skip
     assert best == {"loss": 5.0, "step": 0} and len(kept) == 2
 
 
 def test_a_first_validation_that_ends_training_leaves_the_weights_as_they_came(tmp_path):
     rows, objective = scripted([6.0, 5.0])
-    best = run_fit(loud(task("rm", 1)[0]), objective, rows, tmp_path / "metrics.jsonl", validation=rows[:1], at_validation=lambda numbers: True)
+    best = run_fit(loud(task("rm", 1)[0]), objective, rows, tmp_path / "metrics.jsonl", validation=rows[:1], at_validation=lambda numbers, step: True)
     assert best == {"loss": 6.0, "step": -1} and [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [-1]
 
 
