@@ -63,7 +63,7 @@ def read_json(path: Path, kind: type = dict):
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); make it again with the stage that wrote it") from error
     if not isinstance(value, kind):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a {kind.__name__} is expected; make or fetch it again")
+        raise CheckpointError(f"{path}: damaged (a {type(value).__name__} where a {kind.__name__} should be); make or fetch it again")
     return value
 
 

@@ -261,12 +261,6 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
     if is_scalar != (kind is ScalarModel) and not new_head:
         wanted, found = ("reward model", "language model") if kind is ScalarModel else ("language model", "reward model")
         raise CheckpointError(f"{folder}: holds a {found} where a {wanted} is needed")
-    ends = described.get("eos_token_id")
-    if is_scalar and not new_head and (pad := described.get("pad_token_id")) is not None and pad in (ends if isinstance(ends, list) else [ends]):
-        raise CheckpointError(
-            f"{folder / CONFIG}: pad_token_id is the end token, {pad}, so transformers reads this reward model's score one token before the end token, where"
-            " such a model is trained to be read, and this program at it; train it on to be read there (--stage rm --init), or take another"
-        )
     new_head = new_head and not is_scalar
     config = config_from_json(described, folder / CONFIG)
     with torch.device("meta"):
@@ -286,6 +280,18 @@ def open_model(folder: Path, kind: type[LanguageModel] | type[ScalarModel], *, n
 
     model.read = read
     return model
+
+
+def check_read_at_end(folder: Path) -> None:
+    """Raises CheckpointError for a reward model from elsewhere that was trained to be read before its end token, as it is where padding is the end
+    token: transformers reads the last token that is no padding. One that the rm stage has scaled was trained, or refused, here."""
+    described = read_json(folder / CONFIG)
+    pad, ends = described.get("pad_token_id"), described.get("eos_token_id")
+    if "score_std" not in described and pad is not None and pad in (ends if isinstance(ends, list) else [ends]):
+        raise CheckpointError(
+            f"{folder / CONFIG}: pad_token_id is the end token, {pad}, so this reward model was trained to be read one token before it, and here all are"
+            " read at it; train it on (--stage rm --init), or take another"
+        )
 
 
 def stored_tensors(folder: Path) -> dict[str, safe_open]:

@@ -25,7 +25,7 @@ from data.run import MANIFEST, METRICS, Metrics, as_flags
 from data.split import SplitFlags, split_pairs, write_split
 from data.tokenizer import DEFAULT_SIZE, Tokenizer, tokenizer_file, train_tokenizer
 from losses.dpo import PREFERENCE_LOSSES, READS_GAP, Pairs, loss_flags
-from model.checkpoint import CONFIG, count_parameters, open_model
+from model.checkpoint import CONFIG, check_read_at_end, count_parameters, open_model
 from model.fit import FitFlags, fit
 from model.heads import LanguageModel, ScalarModel
 from model.objectives import preference_objective, reward_objective, sft_objective
@@ -106,13 +106,14 @@ def check_tokenizer(run: Run, flags: TokenizerFlags) -> None:
 
 
 def check_rm(run: Run, flags: RmFlags) -> None:
-    """Raises UsageError for a flag of training beside a reward model that is given, CheckpointError for one that is none."""
+    """Raises UsageError for a flag of training beside a reward model that is given, CheckpointError for one that is none, or is read elsewhere."""
     given, names = flags.reward_model, {("rm_" if run.chain else "") + field.name for field in dataclasses.fields(RmFlags)}
     if not given:
         return
     if typed := sorted(names & set(run.given) - {"reward_model", "rm_reward_model"}):
         raise UsageError(f"--{typed[0].replace('_', '-')}: nothing is trained beside --reward-model {given}; leave one of them out")
     open_model(Path(given), ScalarModel)
+    check_read_at_end(Path(given))
 
 
 def tokenizer_stage(run: Run) -> None:

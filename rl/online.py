@@ -12,7 +12,7 @@ from data.files import model_digest, read_json
 from data.flags import flag
 from data.prepare import form_of, held_together, load_pairs
 from data.run import MANIFEST, METRICS, as_flags
-from model.checkpoint import CONFIG, count_parameters
+from model.checkpoint import CONFIG, count_parameters, open_model
 from model.heads import LanguageModel, PolicyWithCritic, ScalarModel
 from model.optim import for_size
 from model.parallel import bare, distribute
@@ -35,13 +35,14 @@ class PpoStageFlags(PpoFlags):
 
 def check_ppo(run: Run, flags: PpoStageFlags) -> None:
     """Raises UsageError for what `check_ppo_flags` refuses, for prompts that cannot be read, and for as many as processes cannot share;
-    CheckpointError for a reward model without its scores' scale."""
+    CheckpointError for a reward model that is none, or without its scores' scale."""
     check_ppo_flags(flags)
     if flags.prompts and ("ppo_part" if run.chain else "part") in run.given:
         raise UsageError(f"--part {flags.part}: is not read with --prompts; leave one of them out")
     if flags.prompts:
         paths_of(flags.prompts)
     if flags.reward_model and (Path(flags.reward_model) / CONFIG).exists():
+        open_model(Path(flags.reward_model), ScalarModel)
         score_scale(Path(flags.reward_model))
     if flags.prompts_per_iteration % run.world.size:
         raise UsageError(f"--prompts-per-iteration {flags.prompts_per_iteration}: must be a multiple of the {run.world.size} processes")

@@ -389,7 +389,7 @@ def test_a_reference_cache_is_used_whole_or_not_at_all(chain, tmp_path):
         assert str(cache) in message and re.search("make it again|made anew", message)
         assert snapshot(run) == before
     (snapshot_of_sft, *_) = sorted((run / "sft").glob("snapshot-*"))
-    here("--stage", "dpo", "--out", run, "--ref", snapshot_of_sft, *BUDGETS["dpo"])
+    here("--stage", "dpo", "--out", run, "--ref", snapshot_of_sft, *BUDGETS["dpo"], "--max-kl", 1000)
     assert len(list((run / "cache").iterdir())) == 2 and cache.read_text() == damage
     assert manifest(run / "dpo")["results"]["kl_ref_seq"] > 3  # SFT as it began is far from SFT as it ended
     shutil.rmtree(run / "dpo")

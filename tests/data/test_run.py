@@ -101,11 +101,18 @@ def test_an_unfinished_stage_is_not_begun_again(tmp_path):
     assert begin_stage(tmp_path / "empty", {}, {})
 
 
-def test_a_parent_from_elsewhere_is_known_by_its_weights(tmp_path):
-    atomic_write(tmp_path / "llama" / "model.safetensors", "abc")
+def test_a_parent_from_elsewhere_is_known_by_its_weights_and_their_description(tmp_path):
+    for name, text in (("model.safetensors", "abc"), ("config.json", "{}")):
+        atomic_write(tmp_path / "llama" / name, text)
     begin_stage(tmp_path / "sft", {}, {"init": tmp_path / "llama"})
     parents = read_json(tmp_path / "sft" / "flags.json")["parents"]
-    assert parents == {"init": {"path": str(tmp_path / "llama"), "weights": hashlib.sha256(b"abc").hexdigest()}}
+    files = "".join(f"{name} {hashlib.sha256(text).hexdigest()}\n" for name, text in (("config.json", b"{}"), ("model.safetensors", b"abc")))
+    assert parents == {"init": {"path": str(tmp_path / "llama"), "weights": hashlib.sha256(files.encode()).hexdigest()}}
+    finish_stage(tmp_path / "sft", "sft", {})
+    assert not begin_stage(tmp_path / "sft", {}, {"init": tmp_path / "llama"})
+    atomic_write(tmp_path / "llama" / "config.json", '{"rope_theta": 100.0}')
+    with pytest.raises(UsageError, match="init .*llama was made anew since"):
+        begin_stage(tmp_path / "sft", {}, {"init": tmp_path / "llama"})
 
 
 def test_a_parent_that_is_not_there_is_named(tmp_path):

@@ -14,7 +14,7 @@ from small import CONFIG, SPECIAL, loud, ragged_rows
 
 from data.errors import CheckpointError
 from data.files import model_digest
-from model.checkpoint import load_model, save_model
+from model.checkpoint import check_read_at_end, load_model, save_model
 from model.heads import LanguageModel, ScalarModel
 from model.score import to_tensors
 
@@ -233,10 +233,12 @@ def test_a_reward_model_that_was_read_before_its_end_token_is_refused(tmp_path):
     stored(tmp_path, ScalarModel)
     for ends in (SPECIAL["eos_id"], [9, SPECIAL["eos_id"]]):
         edit_config(tmp_path, eos_token_id=ends, pad_token_id=SPECIAL["eos_id"])
-        assert f"pad_token_id is the end token, {SPECIAL['eos_id']}" in refusal(tmp_path, ScalarModel)
-        load_model(tmp_path, ScalarModel, new_head=True)  # one to train on
-    edit_config(tmp_path, pad_token_id=SPECIAL["pad_id"])
-    load_model(tmp_path, ScalarModel)
+        with pytest.raises(CheckpointError, match=f"pad_token_id is the end token, {SPECIAL['eos_id']}"):
+            check_read_at_end(tmp_path)
+    edit_config(tmp_path, score_std=1.0)  # of the rm stage, which reads it at the end token
+    check_read_at_end(tmp_path)
+    stored(tmp_path, ScalarModel)
+    check_read_at_end(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
