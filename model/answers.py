@@ -81,8 +81,11 @@ class Setting:
     world_name: str | None = None
 
     def load(self, folder: Path, architecture=LanguageModel) -> torch.nn.Module:
-        """A model ready to answer or to judge; raises CheckpointError or UsageError where it does not fit the run."""
-        return distribute(self.text.load(folder, architecture), self.world, frozen=True).eval()
+        """A model ready to answer or to judge; raises CheckpointError or UsageError where it does not fit the run, or its weights are broken."""
+        model = distribute(self.text.load(folder, architecture), self.world, frozen=True).eval()
+        if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:  # a draw would make tokens of them
+            raise CheckpointError(f"{folder}: {broken[0]} holds numbers that are not finite; make or fetch it again")
+        return model
 
     def written(self, texts: Sequence[str], questions: Sequence[Question]) -> Answers:
         """Given texts as answers: cut where a model's would be, for the reward model and for whoever judges beside it; a true reward reads them whole."""

@@ -157,6 +157,7 @@ def sft_stage(run: Run) -> None:
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
     tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
+        model_flags = dataclasses.replace(model_flags, size=None)  # it has its own
         parents["init"] = run.parent("sft", model_flags.init)
         model = text.load(parents["init"], LanguageModel)
     else:

@@ -60,6 +60,8 @@ def ppo_stage(run: Run) -> None:
     scale = score_scale(rm_path)
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
     flags = for_size("ppo", flags, count_parameters(init))
+    if flags.prompts:
+        flags = dataclasses.replace(flags, part=None)  # which is not read beside them
     warn_of_unhealthy(run, ref_path)
     same_start = model_digest(init) == model_digest(ref_path)
     parents = {"init": init, "ref": ref_path, "rm": rm_path, "data": run.folder / "data"}

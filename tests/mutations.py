@@ -363,7 +363,7 @@ def noticed(mutation: Mutation, copy: Path) -> tuple[bool, str]:
     (copy / mutation.file).write_text(applied(mutation, copy))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "--durations=0", "-p", "no:cacheprovider", *mutation.tests.split()],
+            [sys.executable, "-m", "pytest", "-x", "-n0", "--durations=0", "-p", "no:cacheprovider", *mutation.tests.split()],
             cwd=copy, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     finally:

@@ -29,14 +29,14 @@ def measured(parallel: str, dtype: str, batch: int) -> tuple[int, float]:
     flags = DeviceFlags(device="cpu", dtype=dtype, parallel=parallel, checkpoint_activations=batch > 8)
     world = start(flags)
     with Peak() as peak:
-        model = distribute(loud(LanguageModel, SIZES["mini"]), world).train()
+        model = distribute(loud(LanguageModel, SIZES["tiny"]), world).train()
         optimiser = make_optimiser(model, 1e-3, 0.0)
         for step in range(3):
             peak.most = peak.most if step else 0
             train_step(model, sft_objective(PAD, CPU, False), ROWS[:batch], 4, world)
             clipped_step(model, optimiser, 1e-3, 1.0, "")
             peak.most = 0 if not step else peak.most
-    job = Job("sft", SIZES["mini"], 40, 20, batch, 4, world=2, bf16=dtype == "bf16", on_cpu=True, fsdp=parallel == "fsdp", checkpoint=batch > 8)
+    job = Job("sft", SIZES["tiny"], 40, 20, batch, 4, world=2, bf16=dtype == "bf16", on_cpu=True, fsdp=parallel == "fsdp", checkpoint=batch > 8)
     return peak.most, need(memory(job))["update"]
 
 

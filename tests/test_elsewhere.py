@@ -30,6 +30,7 @@ def test_the_chain_learns_there_what_it_does_here(chain, elsewhere):
         assert steps(elsewhere / stage) == expected(chain, stage)
 
 
+@pytest.mark.slow
 def test_the_chain_goes_through_in_bf16(chain, tmp_path):
     """By CUDA's lists of what autocast casts, which are not the CPU's; its always-on checks hold."""
     output = command("--stage", "mpo", "--out", tmp_path / "run", *WORLD, *TINY, "--dtype", "bf16", program=ELSEWHERE)

@@ -13,7 +13,7 @@ import torch
 from runs import copy_of
 
 from data.batches import Row, encode_pairs
-from data.errors import CheckpointError, NumericalError, UsageError
+from data.errors import CheckpointError, UsageError
 from data.files import model_digest, read_json, write_json
 from data.prepare import DataFlags, WorldFlags, load_pairs, prepare_data
 from data.report import preference_numbers, report_text, wins
@@ -415,9 +415,11 @@ def test_broken_weights_stop_the_report(plain_run, tmp_path):
     with torch.no_grad():
         broken.trunk.norm.weight[0] = math.nan
     save_stage(run, "dpo", broken, {"ref": run / "sft"})
-    with pytest.raises(NumericalError, match="KL of dpo: not finite"):
+    with pytest.raises(CheckpointError, match="dpo: trunk.norm.weight holds numbers that are not finite"):
         compare_run(run, ALONE, EvalFlags())
     assert not (run / "eval" / "report.json").exists()
+    with pytest.raises(CheckpointError, match="dpo: trunk.norm.weight holds numbers that are not finite"):
+        answer_prompt(run / "dpo", "How?", False, ALONE, EvalFlags())
 
 
 # ---- one answer

@@ -118,6 +118,8 @@ def test_a_folder_that_vanishes_stops_the_run(chain, tmp_path):
 
 # ---- memory (case 29)
 
+STARVED = {"MORE": "4", "MALLOC_MMAP_THRESHOLD_": "65536"}  # MiB; and a tensor that is freed leaves no room that the next could take
+
 
 @pytest.mark.parametrize(
     "stage, where, flags",
@@ -128,7 +130,7 @@ def test_a_folder_that_vanishes_stops_the_run(chain, tmp_path):
 )
 def test_memory_that_runs_out_is_told_with_a_table(chain, tmp_path, stage, where, flags):
     run = before(chain, tmp_path / "run", stage)
-    output = command("--stage", stage, "--out", run, *flags, program="tests/starved.py", env={"STARVED": where, "MORE": "4"}, expect=6)
+    output = command("--stage", stage, "--out", run, *flags, program="tests/starved.py", env=STARVED | {"STARVED": where}, expect=6)
     assert "error: memory ran out" in output and "a smaller --micro-batch" in output
     table = re.findall(r"^ +([\d,.]+) MiB  (.+)$", output, re.MULTILINE)
     sizes = {part: float(size.replace(",", "")) for size, part in table}

@@ -259,6 +259,7 @@ def test_ppo_ablations(chain, tmp_path, name):
     if name in ("all prompts", "other prompts"):
         train = {pair.prompt for pair in load_pairs(run / "data", "train")}
         assert f"  {5 if name == 'other prompts' else len(train)} prompts;" in output
+        assert made["flags"]["part"] == (None if name == "other prompts" else "all")
     if name != "a critic on the trunk":
         assert abs(first["explained_variance"]) > 0  # the reward model's values, where a new head begins with nothing but zeros
     # whatever the ablation, an explicit --init never moves the reference
@@ -329,9 +330,8 @@ def test_ppo_warns_of_a_reference_that_failed_its_check(chain, tmp_path):
     run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
     said = here("--stage", "dpo", "--out", run, "--epochs", 2, "--validations", 2, "--lr", 1e-2, "--max-kl", 0.5)
     assert "kl_ref_seq is " in said and "above max-kl 0.5: the policy has left the reference's language; stopped" in said
-    far = copy_of(run, tmp_path / "far", "ppo") / "dpo"
+    (*_, far) = sorted((copy_of(run, tmp_path / "far", "ppo") / "dpo").glob("snapshot-*"))
     shutil.rmtree(run / "dpo")
-    (*_, far) = sorted(far.glob("snapshot-*"))
     said = here("--stage", "dpo", "--out", run, "--init", far, *BUDGETS["dpo"], "--max-kl", 0.5, expect=2)
     assert "above max-kl 0.5, before the first step: " in said and not (run / "dpo").exists()
     here("--stage", "dpo", "--out", run, "--epochs", 2, "--validations", 2, "--lr", 1e-2, "--max-kl", 0.5)

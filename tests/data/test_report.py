@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.errors import NumericalError
-from data.report import (calibration_error, distinct_n, format_interval, incomplete_beta, markdown_table, mean_interval, paired_difference,
+from data.report import (calibration_error, distinct_n, format_interval, incomplete_beta, markdown_table, mean, mean_interval, paired_difference,
                          pearson, preference_numbers, profile_text, reward_model_report, t_interval, t_quantile, wilson_interval)
 
 
@@ -158,6 +158,12 @@ def test_report_without_enough_to_say():
         reward_model_report([0.2, float("nan")], [0.1, 0.1], [1, 1], [1, 1])
     with pytest.raises(ValueError):
         reward_model_report([], [], [], [])
+
+
+def test_a_mean_of_what_is_not_finite_is_refused():
+    assert mean([1.0, 2.0, 3.0], "KL of dpo")["mean"] == 2.0
+    with pytest.raises(NumericalError, match="KL of dpo: not finite for 1 of 3 answers"):
+        mean([1.0, float("nan"), 3.0], "KL of dpo")
 
 
 # Text
