@@ -87,6 +87,9 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     check_run_folder(folder, "--run")
     made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
     names = model_names(folder, flags.models)
+    asked_about = names if len(names) == 2 else [*names, "chosen"]
+    if judge_out and len(asked_about) != 2:
+        raise UsageError(f"--judge-out: compares two models, or one with the data's chosen responses; --models gives {', '.join(names)}")
     path = folder / "tokenizer" / "tokenizer.model"
     limits = Text(Tokenizer(path), path, made_with["max_prompt"], made_with["max_response"])
     # a test file from elsewhere need not hold prompts that the world can judge
@@ -116,7 +119,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         found, distances = found | picked, distances | bounds
     answers = judge(answers | found, questions, reward_model, setting)
     if judge_out:
-        return ask_judge(judge_out, folder, names if len(names) == 2 else [*names, "chosen"], answers, questions, setting)
+        return ask_judge(judge_out, folder, asked_about, answers, questions, setting)
     # 3. the report
     shown = [name for name in answers if name != "sft" or name in names]
     preferences = pair_preferences(folder, digests, questions, setting) if flags.distances else {}
@@ -137,9 +140,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
 
 
 def ask_judge(path: Path, folder: Path, names: list[str], answers: dict[str, Answers], questions: Sequence[Question], setting: Setting) -> str:
-    """Writes the answers of two models as blind pairs for an outside judge. Raises UsageError where there are not two."""
-    if len(names) != 2:
-        raise UsageError(f"--judge-out: compares two models, or one with the data's chosen responses; --models gives {', '.join(names)}")
+    """Writes the answers of two models as blind pairs for an outside judge."""
     first, second = (answers[name] for name in names)
     pairs = [
         {"prompt": question.prompt.strip(), "first": first.texts[i].strip(), "second": second.texts[i].strip(),

@@ -27,12 +27,14 @@ from functools import partial
 from pathlib import Path
 
 from data.errors import UsageError
+from data.examples import paths_of
 from data.files import read_json
 from data.flags import Parser, add_flags, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, prepare_data
 from data.run import CHANGE_NO_RESULT, MANIFEST, check_run_folder
 from data.split import SplitFlags, check_split_flags
+from data.synthetic import WORLDS
 from data.tokenizer import Tokenizer, tokenizer_file
 from eval import QUICK_PROMPTS, compare_run
 from losses.dpo import PREFERENCE_LOSSES, loss_flags
@@ -70,11 +72,15 @@ QUICK = {
 
 
 def check_loss_names() -> None:
-    """Raises ValueError where an argument of a loss, which becomes a flag, has the name of one that --stage dpo has already."""
+    """Raises ValueError where an argument of a loss, which becomes a flag, has the name of one that --stage dpo has already, or another type elsewhere."""
     taken = {field.name for group in (DpoFlags, RunFlags, LoopFlags, PlanFlags, DeviceFlags, DataFlags, WorldFlags) for field in dataclasses.fields(group)}
+    kinds: dict[str, type] = {}
     for loss, function in PREFERENCE_LOSSES.items():
         if clash := sorted(taken & set(loss_flags(function))):
             raise ValueError(f"losses/dpo.py: {loss}: its argument {clash[0]} has the name of a flag of --stage dpo; choose another")
+        for name, (kind, *_) in loss_flags(function).items():
+            if kinds.setdefault(name, kind) is not kind:
+                raise ValueError(f"losses/dpo.py: {loss}: its argument {name} is of type {kind.__name__}, and another loss's {kinds[name].__name__}; choose another name")
 
 
 def mpo(run: Run) -> None:
@@ -159,8 +165,10 @@ def check_flags(run: Run, stage: str) -> None:
     if {"size", "init"} <= set(run.given):
         raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
     for name in filter(re.compile(r"((rm|dpo|ppo)_)?(init|ref|reward_model)").fullmatch, run.given):
-        place = Path(run.given[name])
-        if not place.is_dir() and not (run.chain and inside(run.folder, place)):  # which the chain may be about to make
+        place, reader = Path(run.given[name]), name.partition("_")[0]
+        earlier = CHAIN[: CHAIN.index(reader)] if reader in CHAIN else ()
+        made_before = inside(run.folder, place) and place.resolve().relative_to(run.folder.resolve()).parts[0] in earlier
+        if not place.is_dir() and not (run.chain and made_before):
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if run.chain else (stage,):
         with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):
@@ -214,7 +222,10 @@ def grid(given: dict) -> None:
     flags = take_flags(GridFlags, given, **(QUICK["ablations"] if given.get("quick") else {}))
     about_grid = {field.name for field in dataclasses.fields(GridFlags)} - {"quick"}
     common = {name: value for name, value in given.items() if name not in about_grid}
-    check_data_flags(take_flags(DataFlags, common, data=common.get("data") or "advice"), common)
+    for spec in filter(None, (common.get("data") or "advice", flags.judge_data)):
+        check_data_flags(take_flags(DataFlags, common | {"data": spec}), common)
+        if spec not in WORLDS:
+            paths_of(spec)
     check_flags(Run(Path(flags.out), take_flags(RunFlags, given), ALONE, common, True, {}), "mpo")
     rows = run_grid(flags, common, defaults())
     print(f"\nnext: python eval.py --compare {rows}")
@@ -263,7 +274,7 @@ def main(arguments: list[str]) -> None:
         flags = dataclasses.replace(flags, seed=read_json(made)["flags"]["seed"])
     if flags.seed < 0:
         raise UsageError(f"--seed {flags.seed}: must be 0 or more")
-    data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick else None)
+    data_flags = take_flags(DataFlags, given, data=given.get("data") or "advice", max_pairs=QUICK["data"]["pairs"] if flags.quick and "pairs" not in given else None)
     world_flags = take_flags(WorldFlags, given, **(QUICK["data"] if flags.quick else {}))
     if given.get("plan"):
         plan(Run(Path(flags.out), flags, ALONE, given, stage == "mpo", QUICK if flags.quick else {}), stage)

@@ -35,7 +35,6 @@ from data.files import atomic_write
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 POST, SUMMARY = "\n\nPOST: ", "\n\nTL;DR:"
-STYLES = {"hh": "dialogue", "tldr": "summary", "jsonl": "plain"}
 TEMPLATES = {  # what --template makes of a JSONL row's prompt, and the style by which that is shortened; responses begin with one space
     "hh": (f"{HUMAN} {{}}{ASSISTANT}", "dialogue"),
     "tldr": (f"{POST}{{}}{SUMMARY}", "summary"),
@@ -108,14 +107,14 @@ def read_pairs(spec: str, *, skip_bad_rows: int = 0, rejects: Path | None = None
     Raises UsageError for a spec or file that cannot be read; DataError for more than `skip_bad_rows` bad rows, too many blank ones, an
     empty file, a line beyond MAX_LINE, or no usable row. Bad rows that were skipped are written to `rejects`, as {"where", "reason", "row"} a line.
     """
-    rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_pair}, skip_bad_rows, rejects, template)
+    rows, left_out = _read(spec, "pair", skip_bad_rows, rejects, template)
     return [Pair(row.id, row.prompt, *row.responses, style, row.gap, where) for row, style, where in rows], left_out
 
 
 def read_prompts(spec: str, *, template: str | None = None) -> list[tuple[str, str]]:
     """The different prompts of `spec` with their style, in order; plain ones `in_form` of the template. JSONL rows need only "prompt".
     Errors as in `read_pairs`, no bad row is skipped."""
-    rows, _ = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_prompt}, None, None, None)
+    rows, _ = _read(spec, "prompt", None, None, None)
     return list(dict.fromkeys(in_form(row.prompt, template) if style == "plain" else (row.prompt, style) for row, style, _ in rows))
 
 
@@ -124,7 +123,7 @@ def read_demonstrations(
 ) -> tuple[list[Demonstration], dict[str, int]]:
     """The different (prompt, response) of `spec`, in order: JSONL rows with "response", or the chosen halves of pairs; and what was left out.
     Errors as in `read_pairs`."""
-    rows, left_out = _read(spec, {"hh": _hh, "tldr": _tldr, "jsonl": _plain_demonstration}, skip_bad_rows, rejects, template)
+    rows, left_out = _read(spec, "demonstration", skip_bad_rows, rejects, template)
     first = {}
     for row, style, where in rows:
         first.setdefault((row.prompt, row.responses[0]), Demonstration(row.prompt, row.responses[0], style, where))
@@ -234,14 +233,23 @@ def _text(row: dict, key: str, parent: str = "") -> str:
     return text
 
 
+FORMATS = {  # of files: the style of their prompts, and what makes a row a pair, a prompt or a demonstration
+    "hh": {"style": "dialogue", "pair": _hh, "prompt": _hh, "demonstration": _hh},
+    "tldr": {"style": "summary", "pair": _tldr, "prompt": _tldr, "demonstration": _tldr},
+    "jsonl": {"style": "plain", "pair": _plain_pair, "prompt": _plain_prompt, "demonstration": _plain_demonstration},
+}
+
+
 # ---- from files to rows
 
 
 def _read(
-    spec: str, schemas: dict[str, Callable[[dict], _Example]], skip_bad_rows: int | None, rejects: Path | None, template: str | None
+    spec: str, what: str, skip_bad_rows: int | None, rejects: Path | None, template: str | None
 ) -> tuple[list[tuple[_Example, str, str]], dict[str, int]]:
-    """The usable rows of all files as (example, style, where), and reason -> count of the others; skip_bad_rows None: no flag could skip one."""
+    """The usable rows of all files as (example, style, where), and reason -> count of the others; what: "pair", "prompt" or "demonstration";
+    skip_bad_rows None: no flag could skip one."""
     kind, paths = paths_of(spec)
+    schema = FORMATS[kind][what]
     if template and kind != "jsonl":
         raise UsageError(f"--template {template}: {spec} has a format of its own; templates are for jsonl:PATH")
     rows, left_out, seen, bad = [], Counter(), set(), []
@@ -251,7 +259,7 @@ def _read(
             read += 1
             where = f"{path}:{line.number}"
             try:
-                example, style = schemas[kind](_object(line)), STYLES[kind]
+                example, style = schema(_object(line)), FORMATS[kind]["style"]
                 if template:
                     prompt, style = in_form(example.prompt, template)
                     example = _Example(prompt, tuple(map(_spaced, example.responses)), example.gap)
@@ -284,7 +292,7 @@ def _read(
 def paths_of(spec: str) -> tuple[str, list[Path]]:
     """The kind and the files of a spec; raises UsageError where one of them cannot be opened, before any is read."""
     kind, _, names = spec.partition(":")
-    if kind not in STYLES or not all(names.split(",")):
+    if kind not in FORMATS or not all(names.split(",")):
         raise UsageError(f"{spec!r} names no data; {ACCEPTED}")
     paths = [Path(name) for name in names.split(",")]
     for path in paths:

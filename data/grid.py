@@ -32,6 +32,7 @@ import numpy as np
 from data.ablations import ROWS, STRONG, STRONGLY, base_flags, chosen_rows, is_ppo, stage_flags
 from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
+from data.examples import FORMATS
 from data.files import atomic_write, digest, model_digest, read_json, write_json
 from data.flags import flag
 from data.prepare import DataFlags, WorldFlags
@@ -46,7 +47,7 @@ JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no 
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
-digest_once = cache(model_digest)  # of a large model, for the keys of many rows
+MADE = "made.json"  # the last file of a base or a row: what made it, from what, and in how many seconds
 OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}
 UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}}  # by stages without a network, and without a frozen one
 
@@ -101,7 +102,8 @@ def run_grid(flags: GridFlags, given: dict, defaults: dict[str, object]) -> Path
     keys = {task: row_key(grid, *task) for task in wanted}
     pending = [task for task in wanted if keys[task] not in known]
     for line in (known[key] for key in keys.values() if key in known):
-        check_defaults(grid, line)
+        advice = "remove its line and its folder to make it again, or give another --rows"
+        check_defaults(grid, line, f"{grid.rows}: row {line['row']}, seed {line['seed']}", advice)
     others = sum(known[key]["code"] != code_version() for key in keys.values() if key in known)
     of_others = f" ({others} by other versions of this code)" if others else ""
     print(f"[ablations] {len(wanted)} rows, {len(wanted) - len(pending)} of them finished already{of_others}, in {grid.rows}")
@@ -133,7 +135,7 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
 
     def make(name: str, seed: int) -> None:
         """Makes one row, and measures it where its line is pending."""
-        if (name, seed) in pending or not (row_folder(grid, name, seed) / "time.json").exists():
+        if (name, seed) in pending or not (row_folder(grid, name, seed) / MADE).exists():
             print(f"[ablations] {name}, seed {seed}: started\n", end="", flush=True)
         make_row(grid, name, seed)
         if (name, seed) in pending:
@@ -158,26 +160,31 @@ def run_tasks(grid: Grid, pending: list[tuple[str, int]], jobs: int) -> list[Bas
 
 # What a row is known by
 
-def row_defaults(grid: Grid, name: str) -> dict[str, object]:
-    """The defaults of all flags that a row's stages, and those of the rows that it starts from, could have read."""
-    stages, row = set(BASE), name
-    while row:
-        stages, row = stages | {last_stage(row)}, ROWS[row].start
+def row_defaults(grid: Grid, name: str | None) -> dict[str, object]:
+    """The defaults of all flags that a row's stages, and those of the rows that it starts from, could have read; None: the stages that rows share."""
+    stages = set(BASE)
+    while name:
+        stages, name = stages | {last_stage(name)}, ROWS[name].start
     others = {*BASE, *STAGES} - stages
     return {flag: value for flag, value in grid.defaults.items() if flag.split("-")[2] not in others}
 
 
-def check_defaults(grid: Grid, line: dict) -> None:
-    """Raises UsageError where a finished row was made with a default that has changed since: its key has only what was typed."""
-    typed, made = set(), line["made_with"]
-    while made:
-        typed, made = typed | set(made["flags"]), made["start"]
-    for flag, then in line["defaults"].items():
+def check_defaults(grid: Grid, made: dict, what: str, advice: str) -> None:
+    """Raises UsageError where a row or a folder was made with a default that has changed since: its key has only what was typed."""
+    typed, row = set(), made["made_with"]
+    while row:
+        typed, row = typed | set(row["flags"]), row["start"]
+    for flag, then in made["defaults"].items():
         if flag in grid.defaults and flag.partition(" ")[0] not in typed and grid.defaults[flag] != then:
-            raise UsageError(
-                f"{grid.rows}: row {line['row']}, seed {line['seed']} was made when {flag} was {then} by default, and now it is {grid.defaults[flag]};"
-                " remove its line to make it again, or give another --rows"
-            )
+            raise UsageError(f"{what} was made when {flag} was {then} by default, and now it is {grid.defaults[flag]}; {advice}")
+
+
+def is_made(grid: Grid, folder: Path) -> bool:
+    """Whether a base or a row is there; raises UsageError where it was made with other defaults."""
+    if not (folder / MADE).exists():
+        return False
+    check_defaults(grid, read_json(folder / MADE), str(folder), "remove this folder, and those of the rows that start from it, to make it again, or give another --out")
+    return True
 
 
 def row_key(grid: Grid, name: str, seed: int) -> str:
@@ -201,15 +208,21 @@ def keyed(flags: dict[str, object]) -> dict[str, object]:
             return STRONG
         if flag == "--tokenizer-file":
             return short_file(value, f"{flag} {value}")
-        return digest_once(Path(value)) if flag in FOLDERS else content(value)
+        return of_folder(Path(value)) if flag in FOLDERS else content(value)
 
     return {flag: entry(flag, value) for flag, value in flags.items()}
+
+
+@cache  # a large model enters the keys of many rows
+def of_folder(folder: Path) -> str:
+    """What identifies a model from elsewhere together with its tokenizer, which a base takes as well."""
+    return model_digest(folder) + digest(tokenizer_file(folder))
 
 
 def content(value):
     """A flag's value; for a spec of files their kind and digests in place of their paths."""
     kind, _, paths = str(value).partition(":")
-    if kind not in ("hh", "tldr", "jsonl"):
+    if kind not in FORMATS:
         return value
     return f"{kind}:" + ",".join(short_file(path, value) for path in paths.split(","))
 
@@ -294,7 +307,7 @@ def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, c
 def make_base(grid: Grid, name: str, seed: int) -> None:
     """The stages that rows share, and the judge; what is there already is not made again."""
     folder, flags, began = base_folder(grid, name, seed), shared_flags(grid, name), time.perf_counter()
-    if (folder / "time.json").exists():
+    if is_made(grid, folder):
         return
     print(f"[ablations] what rows share, seed {seed}: {folder.name}\n", end="", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,7 +331,8 @@ def make_base(grid: Grid, name: str, seed: int) -> None:
     if grid.judge_data:
         other_reward_model("judge", seed + JUDGE_SEED, flags | {"--data": grid.judge_data})
     (folder / "cache").mkdir(exist_ok=True)
-    write_json(folder / "time.json", time.perf_counter() - began)
+    of_base = {"flags": keyed(shared_flags(grid, name)), "start": None}
+    write_json(folder / MADE, {"seconds": time.perf_counter() - began, "code": code_version(), "made_with": of_base, "defaults": row_defaults(grid, None)})
 
 
 def make_row(grid: Grid, name: str, seed: int) -> None:
@@ -339,10 +353,11 @@ def make_row(grid: Grid, name: str, seed: int) -> None:
     if is_ppo(name):
         from_start = {} if "--ppo-init" in row.flags else {"--ppo-init": "start"}
         flags = from_start | ({} if "--ppo-ref" in row.flags else {"--ppo-ref": "start"}) | flags
-    if not (folder / "time.json").exists():
+    if not is_made(grid, folder):
         if last_stage(name) in STAGES:
             stage(folder, last_stage(name), seed, flags, cwd=folder)
-        write_json(folder / "time.json", time.perf_counter() - began)
+        made = {"made_with": described(grid, name, seed), "defaults": row_defaults(grid, name)}
+        write_json(folder / MADE, {"seconds": time.perf_counter() - began, "code": code_version()} | made)
 
 
 def last_stage(name: str) -> str:
@@ -372,17 +387,16 @@ def measured(grid: Grid, name: str, seed: int) -> dict:
     for by, what in (("judge", "score_raw"), ("true", "true_reward")):
         if validation["world"] or by == "judge" and grid.judge_data:
             picked[by] = max(points, key=lambda point: validation["rows"][point][what]["mean"])
-    results = read_json(folder / last / MANIFEST)["results"] if last in STAGES else {}
+    results, made = read_json(folder / last / MANIFEST)["results"] if last in STAGES else {}, read_json(folder / MADE)
     return {
-        "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": described(grid, name, seed), "code": code_version(),
-        "defaults": row_defaults(grid, name),
+        "row": name, "seed": seed, "key": row_key(grid, name, seed), "made_with": made["made_with"], "code": made["code"], "defaults": made["defaults"],
         "setting": keyed(grid.common),
         "prompts": test["prompts"], "world": test["world"], "reward_model": read_json(base / "rm" / MANIFEST)["results"]["test"],
         "split": read_json(folder / "split" / MANIFEST)["results"], "marks": {mark: plain(test["rows"][mark]) for mark in ("sft", "chosen", "best") if mark in test["rows"]},
         "stage": {key: value for key, value in results.items() if isinstance(value, int | float)}, "course": course(folder / last / "metrics.jsonl"),
         "points": points, "picked": picked,
         "validation": {point: {key: value for key, value in plain(validation["rows"][point]).items() if key in ("score_raw", "true_reward")} for point in points},
-        "time": {"shared": read_json(base / "time.json", float), "train": read_json(folder / "time.json", float), "eval": time.perf_counter() - began},
+        "time": {"shared": read_json(base / MADE)["seconds"], "train": made["seconds"], "eval": time.perf_counter() - began},
     }  # fmt: skip
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, UsageError
-from data.examples import TEMPLATES, Demonstration, Pair, is_held_out, opening, paths_of, read_demonstrations, read_pairs
+from data.examples import FORMATS, TEMPLATES, Demonstration, Pair, is_held_out, opening, paths_of, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
 from data.run import begin_stage, finish_stage, locked, open_stage
 from data.synthetic import WORLDS, write_world
 
-FORMATS = {"advice": "hh", "digest": "tldr"}  # whose format a built-in world's files have
+FORMAT_OF = {"advice": "hh", "digest": "tldr"}  # whose format a built-in world's files have
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def make_data(folder: Path, flags: DataFlags, world_flags: WorldFlags, seed: int
     if spec in WORLDS:
         options = dataclasses.asdict(world_flags)
         write_world(spec, folder / "world", seed=seed, **options)
-        form = FORMATS[spec]
+        form = FORMAT_OF[spec]
         spec, test_spec = f"{form}:{folder / 'world' / 'train.jsonl'}", test_spec or f"{form}:{folder / 'world' / 'test.jsonl'}"
     pairs, left_out = read_pairs(spec, skip_bad_rows=flags.skip_bad_rows, rejects=folder / "rejects.jsonl", template=template_of(spec, flags))
     pairs = pairs[: flags.max_pairs]
@@ -176,8 +176,8 @@ def write_demonstrations(folder: Path, flags: DataFlags, tested: set[str]) -> di
 
 def form_of(flags: dict) -> str | None:
     """The one of TEMPLATES that all prompts of a run have: that of its world or format, or its --template. flags: of its data's manifest."""
-    form = FORMATS.get(flags["data"], flags["data"].partition(":")[0])
-    return form if form in TEMPLATES else flags["template"]
+    style = FORMATS[FORMAT_OF.get(flags["data"], flags["data"].partition(":")[0])]["style"]
+    return next((name for name, (_, made) in TEMPLATES.items() if made == style != "plain"), flags["template"])
 
 
 def template_of(spec: str, flags: DataFlags) -> str | None:

@@ -1,6 +1,6 @@
 """Direct preference optimisation and its relatives: learn from pairs without a reward model and without sampling.
 
-All of them look at one number per pair: how much further the policy has moved from the reference towards the chosen response than
+Nearly all look at one number per pair (`ipo` at its like per token): how much further the policy has moved from the reference towards the chosen response than
 towards the rejected one,
 
     h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]         (h)
@@ -12,7 +12,7 @@ are the same model, so h = 0 whatever the loss.
 **To add a loss**, write one function `name(pairs, *, beta: float = 0.1, ...) -> (B,)` below and enter it in PREFERENCE_LOSSES. Its keyword
 arguments become its flags: each needs a type, a default and one line `name: help` under `Args:`; beta is always one. Raise ValueError for values without a meaning.
 tests/losses/test_dpo.py tests every entry of the table. What else a loss must know about a pair becomes a field of `Pairs`; one that reads
-the reward model's gap is also named in READS_GAP.
+the reward model's gap is also named in READS_GAP: for the others it is None.
 """
 
 import inspect
@@ -145,6 +145,8 @@ def soft(pairs: Pairs, *, beta: float = 1.0, sharpness: float = 1.0) -> Tensor:
     Source: derived, the cross-entropy to Bradley-Terry's probability; kin to OSP's soft-preference cross-entropy (arXiv 2405.14103, whose
     exact form was not seen).
     """
+    if not sharpness > 0:
+        raise ValueError(f"sharpness is {sharpness}: it must be positive; below 0 the policy would learn against the reward model")
     chosen, rejected = log_ratios(pairs)
     h, p = chosen - rejected, (sharpness * pairs.gap).sigmoid()
     return -p * F.logsigmoid(beta * h) - (1 - p) * F.logsigmoid(-beta * h)

@@ -157,7 +157,6 @@ def sft_stage(run: Run) -> None:
     flags, model_flags, text = run.take("sft", SftFlags), take_flags(ModelFlags, run.given), open_text(run)
     tokenizer, parents = text.tokenizer, {"tokenizer": run.folder / "tokenizer"}
     if model_flags.init:
-        model_flags = dataclasses.replace(model_flags, size=None)  # it has its own
         parents["init"] = run.parent("sft", model_flags.init)
         model = text.load(parents["init"], LanguageModel)
     else:
@@ -294,8 +293,9 @@ def chosen_loss(run: Run, name: str):
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
     if not arguments["beta"] > 0:
         raise UsageError(f"--beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
+    known_of_pairs = len(dataclasses.fields(Pairs)) - (name not in READS_GAP)  # the gap is the last
     try:
-        PREFERENCE_LOSSES[name](Pairs(*[torch.ones(1)] * len(dataclasses.fields(Pairs))), **arguments)
+        PREFERENCE_LOSSES[name](Pairs(*[torch.ones(1)] * known_of_pairs), **arguments)
     except ValueError as error:
         raise UsageError(f"--loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments
@@ -379,7 +379,7 @@ def validation_part(run: Run, rows: list[PairRow], gaps: dict[str, float], part:
     A model that learns from pairs with a large gap is surer than labels of all pairs allow: their loss rises, and would end its training,
     while it still gets better (tests/results/ablations.md)."""
     made = read_json(run.folder / "split" / MANIFEST)
-    flags = SplitFlags(**{field.name: made["flags"][field.name] for field in dataclasses.fields(SplitFlags)})
+    flags = SplitFlags(**{field.name: made["flags"].get(field.name, field.default) for field in dataclasses.fields(SplitFlags)})
     if flags.rule == "quantile":  # that of the training pairs
         flags = dataclasses.replace(flags, rule="threshold", threshold=made["results"]["threshold"], quantile=SplitFlags.quantile)
     pair_of = {pair.id: pair for pair in load_pairs(run.folder / "data", "validation")}

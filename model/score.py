@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.batches import CHOSEN, REJECTED, PairRow, Row, collate, collate_pairs
-from data.errors import CheckpointError
+from data.errors import CheckpointError, NumericalError
 from data.files import read_json, write_json
 from losses.kl import exact_kl
 from losses.masked import masked_sum
@@ -130,7 +130,7 @@ def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[
     """compute() -> (N, columns), kept in `folder` under a name made of `key` and the row ids; read back when both are the same.
 
     key: everything that changes the numbers (digest of the weights, tokenizer, limits, dtype). Raises CheckpointError where a kept file
-    does not have exactly these rows, or was changed.
+    does not have exactly these rows, or was changed; NumericalError where a number is not finite.
     """
     name = hashlib.sha256(json.dumps([key, list(ids)], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"reference-{name}.json"
@@ -141,6 +141,8 @@ def cached_logps(folder: Path, key: dict, ids: Sequence[str], compute: Callable[
             raise CheckpointError(f"{path}: not the cache its name says (missing rows: {missing[:5]}); remove it, it will be made anew")
         return np.array([kept["logps"][row] for row in ids])
     values = compute()
+    if broken := [row for row, value in zip(ids, values, strict=True) if not np.isfinite(value).all()]:
+        raise NumericalError(f"the reference's log-probabilities of rows {', '.join(broken[:5])} ({len(broken)} such) are not finite: its weights are broken")
     if world.is_main:
         logps = {row: list(map(float, value)) for row, value in zip(ids, values, strict=True)}
         write_json(path, {"key": key, "sha256": sha256_of(logps), "logps": logps})

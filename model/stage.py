@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
-from data.errors import CheckpointError, DataError, Stop, UsageError
+from data.errors import CheckpointError, DataError, UsageError
 from data.files import INDEX, atomic_write, copy_whole, digest, read_json, weight_files, write_json
 from data.flags import flag, take_flags
 from data.prepare import DataFlags, WorldFlags, load_demonstrations, load_pairs
@@ -112,7 +112,7 @@ class Run:
             try:
                 with Metrics(folder / METRICS if self.world.is_main else None) as metrics:
                     yield folder, metrics, results
-            except Stop:
+            except Exception:  # of a loss that is being written, too
                 if self.world.is_main:
                     leave_no_trace(folder)
                 raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.batches import encode_prompt
 from data.errors import CheckpointError, DataError, UsageError
-from data.examples import paths_of, read_prompts
+from data.examples import read_prompts
 from data.files import model_digest, read_json
 from data.flags import flag
 from data.prepare import form_of, held_together, load_pairs
@@ -40,7 +40,7 @@ def check_ppo(run: Run, flags: PpoStageFlags) -> None:
     if flags.prompts and ("ppo_part" if run.chain else "part") in run.given:
         raise UsageError(f"--part {flags.part}: is not read with --prompts; leave one of them out")
     if flags.prompts:
-        paths_of(flags.prompts)
+        read_prompts(flags.prompts)
     if flags.reward_model and (Path(flags.reward_model) / CONFIG).exists():
         open_model(Path(flags.reward_model), ScalarModel)
         score_scale(Path(flags.reward_model))
@@ -60,8 +60,6 @@ def ppo_stage(run: Run) -> None:
     scale = score_scale(rm_path)
     critic = text.load(rm_path, ScalarModel) if flags.critic == "separate" else None
     flags = for_size("ppo", flags, count_parameters(init))
-    if flags.prompts:
-        flags = dataclasses.replace(flags, part=None)  # which is not read beside them
     warn_of_unhealthy(run, ref_path)
     same_start = model_digest(init) == model_digest(ref_path)
     parents = {"init": init, "ref": ref_path, "rm": rm_path, "data": run.folder / "data"}

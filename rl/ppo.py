@@ -145,7 +145,7 @@ def minibatch_loss(model: nn.Module, batch: Batch, rows: Tensor, kl_coef: float,
     entropy = masked_sum(scored.entropy, mask).sum()
     total = policy_losses.sum() + flags.value_coef * value_losses.sum() - flags.entropy_coef * entropy  # (a)
     if flags.kl_placement == "loss":
-        penalty = k2 if flags.kl_estimator == "k2" else k3
+        penalty = {"k2": k2, "forward_k3": k3}[flags.kl_estimator]
         total = total + kl_coef * penalty(scored.logp, ref_logp, mask).sum()
     with torch.no_grad():
         metrics = {
@@ -203,7 +203,7 @@ def update(
     """
     saving = saving or Saving()
     sums: dict[str, float] = {}
-    tokens_seen = updates = 0
+    tokens_seen, updates, kl_old_most = 0, 0, 0.0
     order = step_indices(len(response_tokens), flags.minibatch, flags.passes, seed, f"ppo {iteration}")
     for index, chosen in enumerate(order):
         model.train()
@@ -219,7 +219,8 @@ def update(
         mean_log_ratio = totals.pop("log_ratio") / count
         if index == 0:
             first_log_ratio = check_first_ratio(world, mean_log_ratio, largest, where)
-        if index and flags.target_kl is not None and totals["kl_old_tok"] / count > flags.target_kl:
+        kl_old_most = max(kl_old_most, kl_old := totals["kl_old_tok"] / count)
+        if index and flags.target_kl is not None and kl_old > flags.target_kl:
             optimiser.zero_grad(set_to_none=True)  # this step, too, would go further
             break
         try:
@@ -231,7 +232,7 @@ def update(
         totals["grad_norm"] = norm * count
         add_up(sums, totals, True)
         tokens_seen, updates = tokens_seen + count, updates + 1
-    return {name: value / tokens_seen for name, value in sums.items()} | {"updates": updates, "first_ratio": math.exp(first_log_ratio)}
+    return {name: value / tokens_seen for name, value in sums.items()} | {"kl_old_most": kl_old_most, "updates": updates, "first_ratio": math.exp(first_log_ratio)}
 
 
 def summary(rollout: Rollout, world: World) -> dict[str, float]:

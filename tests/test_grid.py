@@ -76,7 +76,7 @@ def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
     before = lines(folder / "rows.jsonl")
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[:2]))
     killed = next((folder / "runs").glob("mpo-1-*"))
-    for gone in (killed / "ppo" / "manifest.json", killed / "time.json"):
+    for gone in (killed / "ppo" / "manifest.json", killed / "made.json"):
         gone.unlink()
     output = command("--stage", "ablations", "--out", folder, "--only", "mpo,best-of-n", "--seeds", 1, "--jobs", 2, *WORLD, *TINY)
     assert "3 rows, 2 of them finished already, in" in output
@@ -126,6 +126,20 @@ def test_a_row_made_with_another_default_is_not_taken_for_todays(made, tmp_path)
     here("--stage", "ablations", "--out", tmp_path, "--rows", rows, "--only", "dpo-easy", "--seeds", 1, *WORLD, *TINY)
 
 
+def test_a_folder_made_with_another_default_is_not_measured_as_todays(made, tmp_path):
+    """Its line is removed, as the message above says, its folder is not."""
+    folder = shutil.copytree(made[0], tmp_path / "grid", symlinks=True)
+    for name, flag in (("mpo", "--ppo-critic"), ("base", "--sft-lr")):
+        (folder / "rows.jsonl").write_text("")
+        place = next((folder / "runs").glob(f"{name}-1-*")) / "made.json"
+        as_it_was, described = place.read_text(), json.loads(place.read_text())
+        described["defaults"][flag] = "another"
+        place.write_text(json.dumps(described))
+        output = here("--stage", "ablations", "--out", folder, "--only", "mpo", "--seeds", 1, *WORLD, *TINY, expect=2)
+        assert f"{place.parent} was made when {flag} was another by default, and now it is " in output
+        place.write_text(as_it_was)
+
+
 def test_other_flags_are_another_row(made):
     given = {"data": "advice", "pairs": 200}
     keys = set()
@@ -133,6 +147,15 @@ def test_other_flags_are_another_row(made):
         common = {"--" + name.replace("_", "-"): value for name, value in (given | change).items()}
         keys.add(grid.row_key(grid.Grid(made[0], made[0], common, judge, {}), "mpo", 1))
     assert len(keys) == 4
+
+
+def test_a_model_is_known_by_its_tokenizer_as_well(made, tmp_path):
+    """A base takes it from the model's folder."""
+    folder = shutil.copytree(next((made[0] / "runs").glob("base-1-*")) / "sft", tmp_path / "model")
+    before = grid.keyed({"--init": str(folder)})
+    (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes() + b"\0")
+    grid.of_folder.cache_clear()
+    assert grid.keyed({"--init": str(folder)}) != before
 
 
 def test_every_stage_takes_what_is_typed_for_all_rows(tmp_path, monkeypatch):
@@ -247,6 +270,8 @@ def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
         (("--flip-rate", "0.1", "--data", "jsonl:x"), "--flip-rate 0.1"),
         (("--rm-reward-model", "nowhere"), "--rm-reward-model nowhere: no such folder"),
         (("--rm-reward-model", "strong"), "--rm-reward-model strong: "),
+        (("--judge-data", "advise"), "'advise' names no data"),
+        (("--judge-data", "jsonl:nowhere.jsonl"), "cannot read nowhere.jsonl"),
     ):
         assert message in here("--stage", "ablations", "--out", tmp_path / "grid", *words, expect=2)
     assert not (tmp_path / "grid").exists()
@@ -267,4 +292,6 @@ def test_judges_by_the_commands(made, tmp_path):
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps({"id": row["id"], "verdict": "tie"}) + "\n" for row in asked))
     output = here("--run", run, "--judge-in", tmp_path / "verdicts.jsonl", program="eval.py")
     assert "| ppo wins against sft, ties half | 20 | 20 | 0.50 [" in output and (run / "eval" / "judged.md").exists()
+    said = here("--run", run, "--models", "ppo,sft,ppo/snapshot-*", "--judge-out", tmp_path / "pairs.jsonl", program="eval.py", expect=2)
+    assert "compares two models, or one" in said and "chosen;" not in said
     assert "say with --models" in here("--run", run, "--judge-out", tmp_path / "pairs.jsonl", program="eval.py", expect=2)

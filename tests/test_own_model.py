@@ -70,7 +70,6 @@ def test_the_chain_starts_from_the_model_and_its_tokenizer(run, published):
     assert all(manifest(run / stage)["stage"] == stage for stage in STAGES)
     for stage in ("tokenizer", *TRAINED):
         assert sha256(run / stage / "tokenizer.model") == sha256(published / "tokenizer.model")
-    assert manifest(run / "sft")["flags"]["size"] is None  # which is read for a model from scratch alone
     assert manifest(run / "sft")["parents"]["init"]["path"] == str(published) and len(manifest(run / "sft")["parents"]["init"]["weights"]) == 64
     described, mine = (json.loads((folder / "config.json").read_text()) for folder in (published, run / "ppo"))
     for field in ("vocab_size", "hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "max_position_embeddings"):

@@ -34,7 +34,7 @@ from model import parallel
 from model.answers import EvalFlags
 from model.checkpoint import load_model
 from model.heads import LanguageModel, ScalarModel
-from model.offline import TokenizerFlags, tokenizers_place
+from model.offline import TokenizerFlags, dpo_stage, tokenizers_place
 from model.parallel import DeviceFlags, World
 from model.plan import PlanFlags
 from model.resume import LoopFlags
@@ -175,6 +175,12 @@ def test_quick_runs_the_other_world_as_well(tmp_path):
     assert "was made under --quick" in here("--stage", "mpo", "--out", tmp_path / "run", expect=2)
 
 
+def test_quick_makes_as_many_pairs_as_are_typed(tmp_path):
+    for typed, count in (([], 400), (["--pairs", 450], 450)):
+        here("--stage", "tokenizer", "--quick", "--out", tmp_path / str(count), *typed, "--vocab-size", 400)
+        assert sum(len(load_pairs(tmp_path / str(count) / "data", part)) for part in ("train", "validation")) == count
+
+
 # ---- the true reward is out of reach
 
 
@@ -259,7 +265,6 @@ def test_ppo_ablations(chain, tmp_path, name):
     if name in ("all prompts", "other prompts"):
         train = {pair.prompt for pair in load_pairs(run / "data", "train")}
         assert f"  {5 if name == 'other prompts' else len(train)} prompts;" in output
-        assert made["flags"]["part"] == (None if name == "other prompts" else "all")
     if name != "a critic on the trunk":
         assert abs(first["explained_variance"]) > 0  # the reward model's values, where a new head begins with nothing but zeros
     # whatever the ablation, an explicit --init never moves the reference
@@ -562,6 +567,9 @@ def test_what_no_stage_made_is_never_removed(chain, tmp_path, resume):
 def test_a_place_in_the_run_that_only_a_chain_could_make_is_no_place_for_a_stage(chain, tmp_path):
     run = copy_of(chain, tmp_path / "run", "ppo")
     assert "nothing: no such folder" in here("--stage", "ppo", "--out", run, "--ref", run / "nothing", *BUDGETS["ppo"], expect=2)
+    for flag, place in (("--ppo-ref", "sftt"), ("--dpo-ref", "ppo"), ("--rm-init", "dpo/snapshot-00001")):  # which no earlier stage of the chain makes
+        said = here("--stage", "mpo", "--out", tmp_path / "new", flag, tmp_path / "new" / place, expect=2)
+        assert f"{place}: no such folder" in said and not (tmp_path / "new").exists()
 
 
 def test_changed_weights_are_refused(chain, tmp_path):
@@ -786,6 +794,47 @@ def test_an_argument_of_a_loss_cannot_take_the_name_of_another_flag(monkeypatch)
     monkeypatch.setitem(PREFERENCE_LOSSES, "cut", cut)
     with pytest.raises(ValueError, match="cut: its argument clip has the name of a flag"):
         check_loss_names()
+
+
+def test_a_split_that_is_older_than_a_flag_of_its_rule_stays_valid(chain, tmp_path):
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+    made = manifest(run / "split")
+    del made["flags"]["per_pair"]
+    (run / "split" / "manifest.json").write_text(json.dumps(made))
+    here("--stage", "dpo", "--out", run, *BUDGETS["dpo"])
+    assert sha256(run / "dpo" / "model.safetensors") == sha256(chain / "dpo" / "model.safetensors")
+
+
+def test_an_argument_of_two_losses_has_one_type(monkeypatch):
+    def cut(pairs, *, beta: float = 0.1, sharpness: int = 3):
+        """A loss.
+
+        Args:
+            beta: strength
+            sharpness: of another kind than that of `soft`
+        """
+
+    monkeypatch.setitem(PREFERENCE_LOSSES, "cut", cut)
+    with pytest.raises(ValueError, match="cut: its argument sharpness is of type int, and another loss's float"):
+        check_loss_names()
+
+
+def test_a_loss_with_a_defect_leaves_nothing_in_the_way(chain, tmp_path, monkeypatch):
+    """Neither one that fails on the first batch, nor one that reads the gap and is not named in READS_GAP, which fails before any work."""
+    run = copy_of(chain, tmp_path / "run", "dpo", "ppo")
+
+    def late(pairs, *, beta: float = 0.1):
+        return pairs.chosen_logp * torch.ones(1 if len(pairs.chosen_logp) == 1 else 99)
+
+    def gap(pairs, *, beta: float = 0.1):
+        return pairs.chosen_logp * pairs.gap
+
+    late.__doc__ = gap.__doc__ = "A loss.\n\nArgs:\n    beta: strength"
+    for loss, failure in ((late, RuntimeError), (gap, TypeError)):
+        monkeypatch.setitem(PREFERENCE_LOSSES, "new", loss)
+        with pytest.raises(failure):
+            dpo_stage(Run(run, RunFlags(), ALONE, {"loss": "new"}, False, {}))
+        assert not (run / "dpo").exists()
 
 
 def test_many_processes_have_a_validation_prompt_each(chain, monkeypatch):

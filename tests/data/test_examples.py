@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError, UsageError
-from data.examples import Demonstration, is_held_out, read_demonstrations, read_pairs, read_prompts, shorten_prompt
+from data.examples import FORMATS, Demonstration, _Example, is_held_out, read_demonstrations, read_pairs, read_prompts, shorten_prompt
+from data.prepare import form_of
 from tests.conftest import real_data
 
 
@@ -484,3 +485,21 @@ def test_rows_are_compared_in_the_form_that_they_get(tmp_path):
     pairs, left_out = read_pairs(f"jsonl:{path}", template="chat")
     assert [pair.prompt for pair in pairs] == ["User: a\n\nAssistant:", "User: b\n\nAssistant:"]
     assert left_out == {"duplicate": 1, "chosen equals rejected": 1, "blank prompt": 1}
+
+
+# ---- a format of one's own
+
+
+def test_another_format_is_one_row_of_the_table(tmp_path, monkeypatch):
+    """Of another file's rows: pairs, prompts and demonstrations are read by it, and plain ones beside it get the form of its style."""
+
+    def messages(row):
+        return _Example(f"\n\nHuman: {row['ask']}\n\nAssistant:", (" " + row["good"], " " + row["bad"]))
+
+    monkeypatch.setitem(FORMATS, "ultra", {"style": "dialogue", "pair": messages, "prompt": messages, "demonstration": messages})
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"ask": "Name a fruit.", "good": "Fig.", "bad": "No."}) + "\n")
+    (pair,), _ = read_pairs(f"ultra:{file}")
+    assert (pair.prompt, pair.chosen, pair.style) == ("\n\nHuman: Name a fruit.\n\nAssistant:", " Fig.", "dialogue")
+    assert read_prompts(f"ultra:{file}") == [(pair.prompt, "dialogue")] and read_demonstrations(f"ultra:{file}")[0][0].response == " Fig."
+    assert form_of({"data": f"ultra:{file}", "template": None}) == "hh" and form_of({"data": f"jsonl:{file}", "template": "chat"}) == "chat"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import ALONE, PAD, loud, ragged_pairs, ragged_rows
 
-from data.errors import CheckpointError
+from data.errors import CheckpointError, NumericalError
 from model.heads import LanguageModel, ScalarModel
 from model.score import cached_logps, reference_logps, reward_scores, reward_scores_of_pairs
 
@@ -135,6 +135,8 @@ def test_cached_equals_live(tmp_path):
         return reference_logps(model, pairs, PAD, ALONE)
 
     ids = [pair.id for pair in pairs]
+    with pytest.raises(NumericalError, match=f"rows {ids[2]} .1 such. are not finite"):
+        cached_logps(tmp_path, KEY, ids, lambda: np.where(np.arange(9)[:, None] == 2, np.nan, compute()), ALONE)
     live = cached_logps(tmp_path, KEY, ids, compute, ALONE)
     assert live.shape == (9, 2) and (cached_logps(tmp_path, KEY, ids, compute, ALONE) == live).all()
     assert (compute() == live).all()

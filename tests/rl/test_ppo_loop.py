@@ -72,7 +72,7 @@ def test_every_round_logs_what_the_readme_promises(learnt):
     rounds = [line for line in learnt[3] if "score" in line]
     assert rounds[0].keys() == {
         "step", "time", "score", "raw_score", "kl_ref_seq", "kl_ref_tok", "ended", "length", "empty", "explained_variance", "policy_loss",
-        "value_loss", "clip_share", "overflow", "kl_old_tok", "entropy", "grad_norm", "updates", "first_ratio", "kl_coef", "lr",
+        "value_loss", "clip_share", "overflow", "kl_old_tok", "kl_old_most", "entropy", "grad_norm", "updates", "first_ratio", "kl_coef", "lr",
     }  # fmt: skip
     assert rounds[0]["kl_ref_seq"] == 0 and rounds[0]["entropy"] == pytest.approx(math.log(V), abs=0.05)
     for line in rounds:

@@ -280,7 +280,7 @@ def test_a_round_ends_at_the_target_kl():
     for target, updates in ((None, 5), (1e9, 5), (1e-7, 1)):  # the second minibatch is the first to see a drift, and takes no step
         policy, batch, _ = made()
         _, numbers = run_update(policy, batch, replace(flags, target_kl=target), lr=0.02)
-        assert numbers["updates"] == updates
+        assert numbers["updates"] == updates and numbers["kl_old_most"] > 1e-5  # with that of the minibatch that ended the round
     once, batch, _ = made()
     run_update(once, batch, replace(flags, passes=1), lr=0.02)
     assert same_weights(policy, weights(once)) and all(parameter.grad is None for parameter in policy.parameters())
