@@ -63,7 +63,7 @@ class SftFlags(FitFlags):
 class RmFlags(FitFlags):
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     validations: int = flag(2, "how often the validation rows are looked at", positive=True)
-    folds: int = flag(2, "every pair is scored by one of so many models, one that never saw it, nor its prompt or dialogue; 1: by the model trained on all", positive=True)
+    folds: int = flag(2, "every pair is scored by one of so many models, one that was not trained on it, nor on its prompt or dialogue, though it starts from SFT; 1: by the model trained on all", positive=True)
     snapshots: bool = flag(False, "also keep the weights of every validation, in snapshot-STEP")
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
     reward_model: str | None = flag(None, "take this folder's reward model as it is and train none: no other flag of this stage is read then")
