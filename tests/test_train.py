@@ -568,7 +568,7 @@ def test_a_place_in_the_run_that_only_a_chain_could_make_is_no_place_for_a_stage
     run = copy_of(chain, tmp_path / "run", "ppo")
     assert "nothing: no such folder" in here("--stage", "ppo", "--out", run, "--ref", run / "nothing", *BUDGETS["ppo"], expect=2)
     for flag, place in (("--ppo-ref", "sftt"), ("--dpo-ref", "ppo"), ("--rm-init", "dpo/snapshot-00001")):  # which no earlier stage of the chain makes
-        said = here("--stage", "mpo", "--out", tmp_path / "new", flag, tmp_path / "new" / place, expect=2)
+        said = here("--stage", "mpo", "--out", tmp_path / "new", flag, tmp_path / "new" / place, *WORLD, *TINY, expect=2)
         assert f"{place}: no such folder" in said and not (tmp_path / "new").exists()
 
 
