@@ -54,16 +54,16 @@ def write_json(path: Path, value) -> None:
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: type = dict):
-    """The value in a JSON file; raises CheckpointError naming the file when it is missing, damaged, or of another kind."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises CheckpointError naming the file when it is missing, damaged, or no object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); make it again with the stage that wrote it") from error
-    if not isinstance(value, kind):
-        raise CheckpointError(f"{path}: damaged (a {type(value).__name__} where a {kind.__name__} should be); make or fetch it again")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: damaged (a {type(value).__name__} where a dict should be); make or fetch it again")
     return value
 
 
