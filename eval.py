@@ -78,7 +78,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     do with them.
 
     Only the calling process works, whatever `world` says of others. Raises UsageError for what is missing, CheckpointError for what does
-    not fit together, NumericalError for a model whose numbers are not finite.
+    not fit together or has broken weights, NumericalError where what a model says is not finite all the same.
     """
     # 1. what is there, and whether it fits together
     folder, world = Path(folder), dataclasses.replace(world, rank=0, size=1, parallel="ddp", offload=False)

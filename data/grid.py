@@ -42,12 +42,12 @@ from data.tokenizer import tokenizer_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, STAGES = ("tokenizer", "sft", "rm", "split"), ("dpo", "ppo")
+MADE = "made.json"  # the last file of a base or a row: what made it, from what, and in how many seconds
 TEST_PROMPTS, VALIDATION_PROMPTS = 2000, 500
 JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no row trains on: far from every seed that anyone types
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
-MADE = "made.json"  # the last file of a base or a row: what made it, from what, and in how many seconds
 OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}
 UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}}  # by stages without a network, and without a frozen one
 

@@ -30,7 +30,7 @@ from losses.logprobs import log_probs
 from losses.masked import zero_padding
 
 # (estimator, placement) -> what its gradient follows. All other combinations are refused, with the reason. What stands in the reward is
-# made in step 5 of rl/rollout.py, what stands in the loss in `micro_batch_loss` of rl/ppo.py.
+# made in step 5 of rl/rollout.py, what stands in the loss in `minibatch_loss` of rl/ppo.py.
 KL_PLACEMENTS = {
     ("k1", "reward"): "KL(policy || reference)",
     ("k2", "loss"): "KL(policy || reference)",

@@ -63,7 +63,10 @@ class SftFlags(FitFlags):
 class RmFlags(FitFlags):
     weight_decay: float = flag(0.3, "AdamW's decay of the layers' matrices")
     validations: int = flag(2, "how often the validation rows are looked at", positive=True)
-    folds: int = flag(2, "every pair is scored by one of so many models, one that was not trained on it, nor on its prompt or dialogue, though it starts from SFT; 1: by the model trained on all", positive=True)
+    folds: int = flag(
+        2, "every pair is scored by one of so many models, one that was not trained on it, nor on its prompt or dialogue, though it starts from SFT; 1: by the"
+        " model trained on all", positive=True,
+    )  # fmt: skip
     snapshots: bool = flag(False, "also keep the weights of every validation, in snapshot-STEP")
     init: str | None = flag(None, "start from this folder's trunk (default: DIR/sft)")
     reward_model: str | None = flag(None, "take this folder's reward model as it is and train none: no other flag of this stage is read then")
@@ -293,9 +296,9 @@ def chosen_loss(run: Run, name: str):
     arguments = {key: default for key, (_, default, _) in known.items()} | typed
     if not arguments["beta"] > 0:
         raise UsageError(f"--beta {arguments['beta']}: must be positive; at 0 no pair teaches anything")
-    known_of_pairs = len(dataclasses.fields(Pairs)) - (name not in READS_GAP)  # the gap is the last
+    one = dict.fromkeys((field.name for field in dataclasses.fields(Pairs)), torch.ones(1))
     try:
-        PREFERENCE_LOSSES[name](Pairs(*[torch.ones(1)] * known_of_pairs), **arguments)
+        PREFERENCE_LOSSES[name](Pairs(**one if name in READS_GAP else one | {"gap": None}), **arguments)
     except ValueError as error:
         raise UsageError(f"--loss {name}: {error}") from error
     return partial(PREFERENCE_LOSSES[name], **arguments), arguments

@@ -232,7 +232,8 @@ def update(
         totals["grad_norm"] = norm * count
         add_up(sums, totals, True)
         tokens_seen, updates = tokens_seen + count, updates + 1
-    return {name: value / tokens_seen for name, value in sums.items()} | {"kl_old_most": kl_old_most, "updates": updates, "first_ratio": math.exp(first_log_ratio)}
+    means = {name: value / tokens_seen for name, value in sums.items()}
+    return means | {"kl_old_most": kl_old_most, "updates": updates, "first_ratio": math.exp(first_log_ratio)}
 
 
 def summary(rollout: Rollout, world: World) -> dict[str, float]:
