@@ -30,6 +30,7 @@ from losses.masked import zero_padding
 
 MAX_LOG_RATIO = 20.0  # only keeps exp() finite: a log ratio of 1000 must show up as a count, not as inf * 0 = nan
 
+
 @dataclass(frozen=True)
 class PpoStats:
     """Where the policy loss did something special: (B, T-1) bool each, False off the mask. Shares are sums over the count of the mask."""

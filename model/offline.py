@@ -355,7 +355,8 @@ def dpo_stage(run: Run) -> None:
                 run.say(f"warning: dpo: {passed}: the policy has left the reference's language; stopped. Try a larger beta or a smaller learning rate")
             return bool(passed)
 
-        at_first = partial(check_first_preference_step, flags.loss, arguments, world) if same_start else lambda numbers: None
+        longest = max(len(row.response) for pair in train for row in (pair.chosen, pair.rejected))
+        at_first = partial(check_first_preference_step, flags.loss, arguments, world, longest) if same_start else lambda numbers: None
         objective = preference_objective(loss, arguments["beta"], ref_logps, pad_id, world.device, gaps if flags.loss in READS_GAP else None)
         results |= fit(
             model, objective, train, validation, flags,

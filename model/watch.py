@@ -49,10 +49,13 @@ def limit_passed(numbers: dict[str, float], max_kl: float, max_fall: float) -> s
     return None
 
 
-def check_first_preference_step(loss: str, arguments: dict, world: World, numbers: dict[str, float]) -> None:
-    """Before the first step policy and reference are one: implicit rewards are 0, and DPO's loss is ln 2. Raises NumericalError else."""
-    bound = 0.1 if world.dtype == torch.bfloat16 else 1e-3
-    if max(abs(numbers["chosen_reward"]), abs(numbers["rejected_reward"])) > bound * arguments["beta"]:
+def check_first_preference_step(loss: str, arguments: dict, world: World, longest: int, numbers: dict[str, float]) -> None:
+    """Before the first step policy and reference are one: implicit rewards are 0, and DPO's loss is ln 2. Raises NumericalError else.
+
+    longest: tokens of the longest response. In bf16 rows in other company may come out otherwise; with a twentieth of a nat per token, either way
+    (the bound of PPO's first ratio), a response of n tokens is off by 0.05 sqrt(n), twice which is let pass."""
+    bound = arguments["beta"] * (0.1 * longest**0.5 if world.dtype == torch.bfloat16 else 1e-3)
+    if max(abs(numbers["chosen_reward"]), abs(numbers["rejected_reward"])) > bound:
         raise NumericalError(f"dpo: the first implicit rewards are not 0 ({numbers}), though policy and reference are the same model")
-    if loss == "dpo" and not arguments["chosen_weight"] and abs(numbers["loss"] - math.log(2)) > bound:
+    if loss == "dpo" and not arguments["chosen_weight"] and abs(numbers["loss"] - math.log(2)) > max(bound, 1e-3):
         raise NumericalError(f"dpo: the first loss is {numbers['loss']:.6f}, not ln 2 = 0.693147")

@@ -1,5 +1,6 @@
 """The watch over DPO: the sampled KL, the limits that end training, and the first step's numbers."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -52,12 +53,23 @@ def test_either_limit_is_named(kl, fall, said):
 
 
 def test_the_first_step_of_equal_models_passes():
-    check_first_preference_step("dpo", DPO, ALONE, NUMBERS)
-    check_first_preference_step("ipo", {"beta": 1.0}, ALONE, NUMBERS | {"loss": 0.25})  # whose loss is another one
-    check_first_preference_step("dpo", DPO | {"chosen_weight": 1.0}, ALONE, NUMBERS | {"loss": 3.0})
+    check_first_preference_step("dpo", DPO, ALONE, 16, NUMBERS)
+    check_first_preference_step("ipo", {"beta": 1.0}, ALONE, 16, NUMBERS | {"loss": 0.25})  # whose loss is another one
+    check_first_preference_step("dpo", DPO | {"chosen_weight": 1.0}, ALONE, 16, NUMBERS | {"loss": 3.0})
 
 
 @pytest.mark.parametrize("wrong", [{"loss": math.log(2) + 0.01}, {"chosen_reward": 0.001}, {"rejected_reward": -0.001}])
 def test_a_first_step_that_cannot_be_stops_the_run(wrong):
     with pytest.raises(NumericalError, match="dpo: the first"):
-        check_first_preference_step("dpo", DPO, ALONE, NUMBERS | wrong)
+        check_first_preference_step("dpo", DPO, ALONE, 16, NUMBERS | wrong)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.1, 10.0])
+def test_in_bf16_the_bound_grows_with_the_root_of_the_longest_response(beta):
+    """0.1 sqrt(64) = 0.8 nats, in implicit rewards times beta."""
+    half, arguments = dataclasses.replace(ALONE, dtype=torch.bfloat16), {"beta": beta, "chosen_weight": 0.0}
+    check_first_preference_step("dpo", arguments, half, 64, NUMBERS | {"chosen_reward": -0.79 * beta})
+    with pytest.raises(NumericalError, match="rewards are not 0"):
+        check_first_preference_step("dpo", arguments, half, 64, NUMBERS | {"chosen_reward": 0.81 * beta})
+    with pytest.raises(NumericalError, match="the first loss"):
+        check_first_preference_step("dpo", arguments, half, 64, NUMBERS | {"loss": math.log(2) + max(0.81 * beta, 2e-3)})
