@@ -71,7 +71,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     # what noisy labels change of DPO's rows, at some levels each, and of the arms with PPO at one
     "temperature": levels("--label-temperature", (2.0,), ("dpo-all", "dpo-easy", "ppo-all", "mpo"))
     | levels("--label-temperature", (4.0,), ("dpo-all", "dpo-easy")),
-    "flips": levels("--flip-rate", (0.2,), ARMS) | levels("--flip-rate", (0.1, 0.3), DPO),
+    "flips": levels("--flip-rate", (0.2,), ARMS) | levels("--flip-rate", (0.3,), DPO),
     "bias": levels("--annotator-bias", (2.0,), (*ARMS, "dpo-random")) | levels("--annotator-bias", (1.0,), DPO),
     "labels": {  # is it the selection that helps, or the reward model's opinion, which all pairs could have?
         "relabelled-all": Row({"--dpo-part": "all", "--dpo-loss": "soft", "--dpo-sharpness": 1000.0}),
@@ -86,7 +86,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "best-of-n": {"best-of-n": Row({"--best-of": "2,4,8,16"})},  # what the reward model is worth without any training
     "beta": levels("--dpo-beta", (0.1, 0.5, 2.0), ("dpo-easy", "dpo-all", "dpo-random")),
     "dpo-lr": levels("--dpo-lr", (2e-5, 2e-4), ("dpo-easy", "dpo-all", "dpo-random")),
-    "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "mpo", "mpo-sft-ref")),
+    "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "mpo")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "mpo", "mpo-sft-ref")),
     "budget": levels("--ppo-iterations", (5, 10), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),  # 40 is the default
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
