@@ -96,7 +96,7 @@ GROUPS: dict[str, dict[str, Row]] = {
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
     "DPO on easy pairs is at least as good as on all, and better than on others": (
-        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-blind"), ("dpo-easy", "dpo-difficult"),
+        ("dpo-easy", "dpo-all"), ("dpo-easy", "dpo-random"), ("dpo-easy", "dpo-blind"), ("dpo-easy", "dpo-difficult"), ("dpo-random", "dpo-blind"),
         *((f"dpo-easy@split-quantile-{level}", "dpo-all") for level in (0.1, 0.25, 0.75, 0.9)), ("dpo-easy@split-disputed-easy", "dpo-all"),
         ("dpo-easy@rm-folds-1", "dpo-all"),
     ),
