@@ -121,11 +121,20 @@ def at_equal_pairs(a: dict, b: dict, key: str) -> tuple[float, float] | None:
     return tuple(float(np.interp(pairs, *zip(*way, strict=True))) for way in ways)
 
 
+def on_two_sfts(x: dict, y: dict, key: str) -> bool:
+    """Whether two lines of a seed, with the same flags up to SFT, stand on SFT models that were made twice and came out differently, as on other
+    machines: a difference of the lines then has theirs in it."""
+    of_others = ("--rm-", "--split-", "--dpo-", "--ppo-", "--best-of")
+    mine, theirs = ({flag: value for flag, value in line["made_with"]["flags"].items() if not flag.startswith(of_others)} for line in (x, y))
+    return mine == theirs and abs(x["marks"]["sft"][key] - y["marks"]["sft"][key]) > 1e-4  # more than rounding, less than one other answer
+
+
 def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward") -> dict:
-    """a - b paired by seed: {"seeds": n, PICK: (mean, low, high), "equal_pairs" and "equal_kl" likewise, "kl": mean}, less what the rows lack."""
+    """a - b paired by seed: {"seeds": n, "on_two_sfts": of how many seeds, PICK: (mean, low, high), "equal_pairs" and "equal_kl" likewise,
+    "kl": mean}, less what the rows lack."""
     first, second = of_row(lines, a), of_row(lines, b)
     both = [(first[seed], second[seed]) for seed in first if seed in second]
-    found: dict = {"seeds": len(both)}
+    found: dict = {"seeds": len(both), "on_two_sfts": sum(on_two_sfts(x, y, key) for x, y in both)}
     for pick in PICKS:
         values = [(at(pick, key)(x), at(pick, key)(y)) for x, y in both]
         if both and not any(None in pair for pair in values):
@@ -223,7 +232,8 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
         f"Differences of {COLUMNS[key]}, first row minus second, paired by seed. Intervals are of the noise between seeds, one comparison at a time: of twenty"
         f" differences that are none, one is called better or worse. Words: better and worse, where 0 is outside the interval; at least as good, where -{MATTERS:g} is."
         f" Smaller than {MATTERS:g} does not matter. Equal pairs: after as many as the one that saw fewer. Equal KL: at the best weights of the row that is nearer to SFT;"
-        f" the other where one would have stopped there, by the judge's scores on validation prompts, between kept weights and those that it started from; not comparable where it was never about so near.\n"
+        f" the other where one would have stopped there, by the judge's scores on validation prompts, between kept weights and those that it started from; not comparable where it was never about so near."
+        " *: the two stand on SFT models of the same flags that were made twice and came out differently; what those differ by is in the difference.\n"
     ]
     header = ["", "seeds", *PICKS.values(), "at equal pairs", "at equal KL", "that KL", "shown at the best", "shown at equal KL"]
     for claim, pairs in asked.items():
@@ -233,7 +243,7 @@ def differences_text(lines: Sequence[dict], key: str) -> str:
             if found["seeds"]:
                 cells = [format_interval(*found[pick]) if pick in found else None for pick in (*PICKS, "equal_pairs", "equal_kl")]
                 words = [verdict(found.get(which)) for which in ("best", "equal_kl")]
-                rows.append([f"{a} - {b}", found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", *words])
+                rows.append([f"{a} - {b}" + "*" * (found["on_two_sfts"] > 0), found["seeds"], *cells, found.get("kl") and f"{found['kl']:.2f}", *words])
         if rows:
             parts += [f"Claim: {claim}.\n", markdown_table(header, rows)]
     return "\n".join(parts) if len(parts) > 1 else ""

@@ -48,7 +48,20 @@ def test_differences_are_paired_by_seed():
     assert middle == pytest.approx(0.75)  # of 2 - 1.5 and 3 - 2
     assert high - middle == pytest.approx(12.706 * 0.25, rel=1e-3)  # t for one degree of freedom, times 0.3536 / sqrt 2
     assert found["last"] == pytest.approx((0.5, 0.5, 0.5))
-    assert differences(LINES, "mpo", "ppo-all") == {"seeds": 0}
+    assert differences(LINES, "mpo", "ppo-all") == {"seeds": 0, "on_two_sfts": 0}
+
+
+def test_rows_of_one_seed_on_two_sft_models_are_marked():
+    """Of the same flags up to SFT; where rows have other data their SFT models are other ones."""
+
+    def on(sft, found, **flags):
+        return found | {"marks": found["marks"] | {"sft": found["marks"]["sft"] | {"true_reward": sft}}, "made_with": {"judge": "advice", "flags": flags}}
+
+    mpo, dpo = line("mpo", 1, (1.0, 2.0, 1.5)), line("dpo-easy", 1, (0.5, 1.5, 1.0))
+    assert differences([mpo, on(1e-6, dpo)], "mpo", "dpo-easy")["on_two_sfts"] == 0  # rounding
+    two = [mpo, on(0.1, dpo, **{"--rm-folds": 1, "--dpo-beta": 2.0})]
+    assert differences(two, "mpo", "dpo-easy")["on_two_sfts"] == 1 and "| mpo - dpo-easy* |" in compared(two)
+    assert differences([mpo, on(0.1, dpo, **{"--flip-rate": 0.2})], "mpo", "dpo-easy")["on_two_sfts"] == 0
 
 
 def test_rows_are_compared_at_the_kl_of_the_nearer_ones_best_weights():
