@@ -58,12 +58,12 @@ def separate(model, pairs: list[PairRow]) -> torch.Tensor:
 
 
 def with_padding(model, pairs: list[PairRow]) -> torch.Tensor:
-    with patch("model.transformer.places_of", lambda mask: None if torch.equal(mask, up_to_last(mask)) else places_of(mask)):
+    with patch("model.transformer.places_of", lambda mask, few=0.0: None if torch.equal(mask, up_to_last(mask)) else places_of(mask)):
         return packed(model, pairs)
 
 
 def whole_last_layer(model, pairs: list[PairRow]) -> torch.Tensor:
-    with patch("model.transformer.places_of", lambda mask: places_of(mask) if torch.equal(mask, up_to_last(mask)) else None):
+    with patch("model.transformer.places_of", lambda mask, few=0.0: places_of(mask, few) if torch.equal(mask, up_to_last(mask)) else None):
         return packed(model, pairs)
 
 

@@ -13,7 +13,7 @@ from model.checkpoint import load_model, save_model
 from model.heads import LanguageModel, ScalarModel
 from model.packing import packing
 from model.score import row_lengths, to_tensors
-from model.transformer import SIZES, ModelConfig, Transformer, initialise, places_of, sized
+from model.transformer import SIZES, ModelConfig, Places, Transformer, initialise, places_of, sized
 
 CONFIGS = {
     "4 heads, 4 key-value heads": replace(CONFIG, kv_heads=4),
@@ -134,6 +134,19 @@ def test_without_padding_nothing_is_spread_or_gathered():
     assert places.spread(x).tolist() == [[[0, 1], [0, 0]], [[2, 3], [4, 5]]] and torch.equal(places.gather(places.spread(x)), x)
     some = places_of(torch.tensor([[True, False], [False, True]]))
     assert some.among(places, x).tolist() == [[0, 1], [4, 5]] == some.among(None, places.spread(x)).tolist()
+
+
+@pytest.mark.parametrize("padding, gathers", [(0, False), (20, True)])
+def test_rows_that_leave_out_next_to_nothing_are_not_gathered_in_every_layer(padding, gathers, monkeypatch):
+    """Of 4 rows of 33 tokens, the state of whose last one a language model never reads; in one of them some are padding."""
+    plain, calls = Places.spread, []
+    monkeypatch.setattr(Places, "spread", lambda places, x: calls.append(len(x)) or plain(places, x))
+    model, mask = loud(LanguageModel), torch.ones(4, 33, dtype=torch.bool)
+    mask[0, 33 - padding :] = False
+    tokens = torch.randint(4, CONFIG.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
+    whole = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(model(tokens, mask).logp, whole.where(mask[:, 1:], 0.0), atol=1e-5)
+    assert len(calls) == 1 + CONFIG.layers * gathers  # the states that were asked for, and in every layer query, key and value
 
 
 def test_a_row_with_one_real_token_gives_finite_numbers_and_gradients():
