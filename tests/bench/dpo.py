@@ -6,7 +6,7 @@
 
 A LLaMA of 8.4M parameters, or one of the program's sizes, random ids, prompts of a third of --prompt to all of it tokens, responses
 likewise. Measured twice: the reference read at every step on both sides, and its log-probabilities known beforehand on both. bf16 is
-autocast on both sides, with fp32 weights. The losses of the first two steps must agree before anything is timed. Prints medians, tokens
+autocast on both sides, with fp32 weights, which is checked. The losses of the first two steps must agree before anything is timed. Prints medians, tokens
 per second with the prompt counted twice on both sides (ours reads it once: packing.py measures what that is worth), the median of the
 paired ratios, and what two steps of each side, in a process of its own, add to the memory that it had with everything imported.
 """
@@ -30,6 +30,8 @@ from trl import DPOConfig, DPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from machine import machine  # noqa: E402
+
 from data.batches import PairRow  # noqa: E402
 from data.report import markdown_table  # noqa: E402
 from losses.dpo import dpo  # noqa: E402
@@ -85,6 +87,7 @@ class Theirs:
             args=settings, train_dataset=Dataset.from_list(rows),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w3"),
         )  # fmt: skip
+        self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model)  # as `train()` does: autocast comes with it
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1
         self.batch = next(iter(self.trainer.get_train_dataloader()))
@@ -95,6 +98,16 @@ class Theirs:
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
         return loss
+
+
+def dtype_of_products(side, pairs: list[PairRow]) -> torch.dtype:
+    """In which the policy's layers compute during a step."""
+    model, seen = side.model if isinstance(side, Ours) else side.trainer.model, []
+    linear = next(module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}")
+    hook = linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    side.step(pairs)
+    hook.remove()
+    return seen[0]
 
 
 def timed(side, pairs: list[PairRow]) -> float:
@@ -128,6 +141,8 @@ def compare(pairs: list[PairRow], known: bool, config: ModelConfig, world: World
         for _ in range(2):
             losses = ours.step(pairs), theirs.step(pairs)
             assert abs(losses[0] - losses[1]) < (1e-4 if world.dtype == torch.float32 else 0.05) * abs(losses[1]), losses
+        dtypes = [dtype_of_products(side, pairs) for side in (ours, theirs)]
+        assert dtypes == [world.dtype] * 2, dtypes
         times = [(timed(ours, pairs), timed(theirs, pairs)) for _ in range(repeats)]
     return *(statistics.median(column) for column in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
 
@@ -173,7 +188,7 @@ def main() -> None:
         ours, theirs, ratio = compare(pairs, known, config, world, flags.repeats)
         name = "known beforehand" if known else "read at every step"
         rows.append((name, f"{tokens / ours:.0f}", f"{tokens / theirs:.0f}", f"{ratio:.2f}"))
-    print(f"{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {torch.get_num_threads()} threads, {flags.size or '8.4M parameters'}, {flags.dtype}, {flags.device}\n")
+    print(f"{machine(flags.device)}\n{flags.pairs} pairs, {tokens} tokens with the prompt counted twice, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
     print(markdown_table(["reference", "ours, tokens/s", "TRL, tokens/s", "ratio"], rows))
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), config)

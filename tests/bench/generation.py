@@ -1,11 +1,12 @@
 """New tokens per second: ours and transformers' `generate`, same weights, same prompts, greedy, in turn.
 
-    pip install -r tests/requirements.txt
-    python tests/bench/generation.py [--rows 64] [--prompt 64] [--new 64] [--repeats 5] [--dtype fp32] [--threads N]
+    pip install -r tests/bench/requirements.txt
+    python tests/bench/generation.py [--rows 64] [--prompt 64] [--new 64] [--repeats 5] [--dtype fp32] [--threads N] [--static]
     python tests/bench/generation.py --device cuda --dtype bf16 --size 1b       # needs 12 GB
 
 The model is a LLaMA of 8.4M parameters, or one of the program's sizes, with random weights. Both must give the same tokens (in fp32) before anything is timed; neither may
-end early. Prints medians and the median of the paired ratios.
+end early. --static: transformers holds keys and values in slots that wait, as ours does, in place of its default. Prints medians and the median of the
+paired ratios.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from packing import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from machine import machine  # noqa: E402
+
 from data.report import markdown_table  # noqa: E402
 from model.checkpoint import save_model  # noqa: E402
 from model.generate import generate  # noqa: E402
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", choices=("small", "base", "1b"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--static", action="store_true")
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
@@ -74,7 +78,7 @@ def main() -> None:
             return generate(ours, prompts.tolist(), max_new_tokens=flags.new, eos_id=NEVER, pad_id=3).tokens
 
     def other() -> torch.Tensor:
-        return theirs.generate(there, attention_mask=torch.ones_like(there), max_new_tokens=flags.new, do_sample=False, pad_token_id=3)
+        return theirs.generate(there, attention_mask=torch.ones_like(there), max_new_tokens=flags.new, do_sample=False, pad_token_id=3, **({"cache_implementation": "static"} if flags.static else {}))
 
     with torch.no_grad():
         first, second = one(), other()
@@ -85,7 +89,7 @@ def main() -> None:
     tokens = flags.rows * flags.new
     mine, peer = (tokens / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
-    print(f"{flags.rows} prompts of {flags.prompt} tokens, {flags.new} new, {flags.size or '8.4M parameters'}, {flags.dtype}, {flags.device}, {torch.get_num_threads()} threads\n")
+    print(f"{machine(flags.device)}\n{flags.rows} prompts of {flags.prompt} tokens, {flags.new} new, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
     print(markdown_table(["", "new tokens per second"], [("ours", f"{mine:.0f}"), (f"transformers {transformers.__version__}", f"{peer:.0f}"), ("ratio", f"{ratio:.2f}")]))
 
 

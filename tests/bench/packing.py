@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from machine import machine  # noqa: E402
+
 from data.batches import PairRow, Row  # noqa: E402
 from data.report import markdown_table  # noqa: E402
 from losses.masked import masked_sum  # noqa: E402
@@ -31,12 +33,12 @@ VOCAB, PAD, CPU = 4096, 3, torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=VOCAB, width=256, layers=8, heads=8, kv_heads=8, feed_forward=704, context=1024)  # of other scripts: 8.4M parameters
 
 
-def random_pairs(count: int, prompt: int, response: int) -> list[PairRow]:
+def random_pairs(count: int, prompt: int, response: int, vocab: int = VOCAB) -> list[PairRow]:
     numbers = np.random.default_rng(0)
     pairs = []
     for index in range(count):
-        start = tuple(numbers.integers(4, VOCAB, numbers.integers(prompt // 3, prompt + 1)).tolist())
-        chosen, rejected = (tuple(numbers.integers(4, VOCAB, numbers.integers(response // 3, response + 1)).tolist()) for _ in range(2))
+        start = tuple(numbers.integers(4, vocab, numbers.integers(prompt // 3, prompt + 1)).tolist())
+        chosen, rejected = (tuple(numbers.integers(4, vocab, numbers.integers(response // 3, response + 1)).tolist()) for _ in range(2))
         pairs.append(PairRow(str(index), Row(str(index), start, chosen), Row(str(index), start, rejected)))
     return sorted(pairs, key=lambda pair: pair.length)
 
@@ -101,7 +103,7 @@ def main() -> None:
         medians = [f"{1e3 * statistics.median(column):.0f}" for column in zip(*times, strict=True)]
         ratios = [f"{statistics.median(row[i] / row[0] for row in times):.2f}" for i in (1, 2, 3)]
         rows.append((name, *medians, *ratios))
-    print(f"{flags.pairs} pairs, prompts to {flags.prompt}, responses to {flags.response} tokens, size {flags.size}, {torch.get_num_threads()} threads\n")
+    print(f"{machine()}\n{flags.pairs} pairs, prompts to {flags.prompt}, responses to {flags.response} tokens, size {flags.size}\n")
     print(markdown_table(["step", "as it is, ms", "whole last layer, ms", "with padding, ms", "two rows, ms", "whole last layer", "with padding", "two rows"], rows))
 
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from machine import machine  # noqa: E402
 from packing import CONFIG  # noqa: E402
 from peak import Peak  # noqa: E402
 
 from data.report import markdown_table  # noqa: E402
 from losses.logprobs import log_probs  # noqa: E402
+from model.cache import Cache  # noqa: E402
 from model.generate import generate  # noqa: E402
 from model.heads import CHUNK, LanguageModel, PolicyWithCritic, ScalarModel  # noqa: E402
 from model.optim import make_optimiser  # noqa: E402
@@ -144,9 +146,25 @@ def optimising(fused: bool) -> Work:
     return work
 
 
-def decoding(rows: int = 64, *, cached=True, ends=False) -> Work:
+class GrowingCache(Cache):
+    """One that is copied for every token, in place of slots that wait."""
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        if layer == len(self.keys):
+            self.keys.append(key.transpose(2, 3))
+            self.values.append(value)
+            return None
+        self.keys[layer] = torch.cat([self.keys[layer], key.transpose(2, 3)], dim=3)
+        self.values[layer] = torch.cat([self.values[layer], value], dim=2)
+        return self.keys[layer], self.values[layer], self.visible
+
+
+def decoding(rows: int = 64, *, cached=True, cache: type[Cache] = Cache, ends=False, compiled=False) -> Work:
     """Greedy responses; ends: in mean after a quarter of the limit, where a uniform number of 0 says so in place of the model."""
     model = fresh(LanguageModel).eval()
+    if compiled:
+        for layer in model.trunk.layers:
+            layer.compile(dynamic=True)
     prompts = batch()[0][:, :PROMPT].repeat(rows // ROWS, 1)
     lengths = np.random.default_rng(0).geometric(4 / RESPONSE, rows)
     going = (np.arange(RESPONSE) + 1 < lengths[:, None]).astype(np.float64)
@@ -155,7 +173,7 @@ def decoding(rows: int = 64, *, cached=True, ends=False) -> Work:
         return torch.where(uniforms > 0, logits.argmax(dim=-1), END) if ends else logits.argmax(dim=-1)
 
     def work() -> float:
-        with torch.no_grad(), patch("model.generate.draw", pick):
+        with torch.no_grad(), patch("model.generate.draw", pick), patch("model.generate.Cache", cache):
             if cached:
                 tokens = generate(model, prompts.tolist(), max_new_tokens=RESPONSE, eos_id=END if ends else -1, pad_id=3, uniforms=going).tokens
             else:
@@ -177,12 +195,14 @@ def shortcuts() -> list[Callable[[], Shortcut]]:
         lambda: Shortcut("layers computed again in the backward pass", training(again=True), training()),
         lambda: Shortcut("fused AdamW, against one kernel per operation", optimising(fused=True), optimising(fused=False)),
         lambda: Shortcut("decoding with a cache, 16 rows", decoding(ROWS), decoding(ROWS, cached=False)),
+        lambda: Shortcut("a cache of slots, against one that grows, 64 rows", decoding(), decoding(cache=GrowingCache)),
         lambda: Shortcut("finished rows leave the batch, 64 rows", decoding(ends=True), decoding()),
         lambda: Shortcut("bf16, width 128, 4 layers", training(NARROW, bf16=True), training(NARROW), 0.02),
         lambda: Shortcut("bf16, width 256", training(bf16=True), training(), 0.02),
         lambda: Shortcut("bf16, width 512", training(WIDE, bf16=True), training(WIDE), 0.02),
         lambda: Shortcut("layers compiled, one shape, width 128, 4 layers", training(NARROW, compiled=True), training(NARROW), memory=False),
         lambda: Shortcut("layers compiled, one shape", training(compiled=True), training(), memory=False),
+        lambda: Shortcut("layers compiled, decoding 64 rows", decoding(compiled=True), decoding(), memory=False),
         lambda: Shortcut(f"layers compiled, {BATCHES} shapes", training(compiled=True, varied=True), training(varied=True), memory=False),
     ]
 
@@ -219,7 +239,7 @@ def main() -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     rows = [measured(shortcut, flags.repeats) for make in shortcuts() if flags.only in (shortcut := make()).name]
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     print(markdown_table(["shortcut", "with, ms", "without, ms", "ratio", "first call with, s", "MiB with", "MiB without"], rows))
 
 

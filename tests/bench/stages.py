@@ -8,7 +8,6 @@ resident set that the operating system counted.
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from machine import machine  # noqa: E402
+
 from data.report import markdown_table  # noqa: E402
 
 
@@ -41,7 +42,7 @@ def main() -> None:
             rows.append((stage, *timed("train.py", "--stage", stage, "--out", out, *common)))
         rows.append(("eval.py", *timed("eval.py", "--run", out, *(["--quick"] if "--quick" in common else []))))
     rows.append(("sum, and largest", sum(row[1] for row in rows), max(row[2] for row in rows)))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}: train.py {' '.join(common) or 'with defaults'}\n")
+    print(f"{machine()}: train.py {' '.join(common) or 'with defaults'}\n")
     print(markdown_table(["stage", "seconds", "peak memory, GiB"], [(name, f"{s:.0f}", f"{gib:.2f}") for name, s, gib in rows]))
 
 

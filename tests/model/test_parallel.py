@@ -183,6 +183,12 @@ def test_autocast_changes_products_where_asked_for(dtype, products):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == products
 
 
+def test_products_in_fp32_are_left_to_no_faster_unit():
+    """AMX and tensor cores would make them in bf16 or TF32, if told that this may be: defaults would give other results on machines that have them."""
+    ask = "import torch, train, eval; train.start(train.DeviceFlags(device='cpu')); print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)"
+    assert subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == ["highest", "False"]
+
+
 def test_impossible_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--device cuda: no CUDA device"):
