@@ -102,6 +102,8 @@ def start(flags: DeviceFlags) -> World:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    elif flags.dtype == "bf16" and rank == 0 and torch.backends.cpu.get_cpu_capability() == "AVX2":  # the processor's newest
+        print("warning: --dtype bf16: this processor has no products in bf16 and can take 20 times as long as in fp32 (tests/results/speed.md)", file=sys.stderr)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=flags.rank_timeout))
     return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations, flags.offload)

@@ -7,7 +7,8 @@
 A LLaMA of 8.4M parameters, or one of the program's sizes, as policy, reference, reward model and critic; responses never end early. Each pass
 is one optimiser step on all responses, so that their order plays no part: on the responses of TRL's first iteration our scores, KL and losses
 must be TRL's before anything is timed (in bf16 they are printed only: our log-probabilities are taken in fp32). bf16 is autocast in the updates
-of both sides, which is checked, and in our other passes, too; TRL's own trainer has no autocast where it samples and scores. Prints medians, episodes per second, the median of the paired ratios, and where our time goes.
+of both sides, which is checked, and in our other passes, too; TRL's own trainer has no autocast where it samples and scores. Prints medians,
+episodes per second, the median of the paired ratios, and where our time goes.
 """
 
 import argparse

@@ -189,6 +189,13 @@ def test_products_in_fp32_are_left_to_no_faster_unit():
     assert subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == ["highest", "False"]
 
 
+@pytest.mark.parametrize(("capability", "dtype", "told"), [("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False)])
+def test_bf16_on_a_processor_without_it_is_warned_of(capability, dtype, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    start(DeviceFlags(device="cpu", dtype=dtype))
+    assert ("warning: --dtype bf16: this processor" in capsys.readouterr().err) == told
+
+
 def test_impossible_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--device cuda: no CUDA device"):
