@@ -45,8 +45,8 @@ def write_questions(path: Path, key_folder: Path, names: tuple[str, str], questi
     asked, key = [], []
     for question in questions:
         text = json.dumps([names, seed, question["prompt"], question["first"], question["second"]])
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        a_is_first = random.Random(f"order {name}").random() < 0.5
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        name, a_is_first = digest[-16:], int(digest[0], 16) % 2 == 0  # the name does not tell the order
         a, b = ("first", "second") if a_is_first else ("second", "first")
         same = question["first"] == question["second"]
         key.append(question | {"id": name, "names": names, "a_is_first": a_is_first, "same": same})
