@@ -48,7 +48,7 @@ JUDGE_SEED, STRONG_SEED = 100_000, 200_000  # added to a seed for pairs that no 
 OF_DATA = {"--" + field.name.replace("_", "-") for group in (DataFlags, WorldFlags) for field in dataclasses.fields(group)}
 OF_MODEL = {"--size", "--init"}  # of SFT
 FOLDERS = {"--init", "--rm-init", "--rm-reward-model"}  # flags that name a model's folder
-OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--offload"}
+OF_NETWORKS = {"--dtype", "--parallel", "--checkpoint-activations", "--compile", "--offload"}
 UNREAD = {"tokenizer": OF_NETWORKS, "split": OF_NETWORKS, "sft": {"--offload"}}  # by stages without a network, and without a frozen one
 
 

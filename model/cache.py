@@ -5,8 +5,19 @@ prompt; what lies between a row's prompt and there is never looked at. Keys are 
 single query reads them in order.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Held(NamedTuple):
+    """What one layer has to do with in a call: keys (B, K, E, S') and values (B, K, S', E) so far, with the slots of the call's tokens, the last ones,
+    for the layer to fill; visible (B, S'): which slots each row's token may see, None for prompts, whose tokens attend to one another."""
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
 
 
 class Cache:
@@ -20,22 +31,19 @@ class Cache:
         self.lengths = torch.zeros_like(prompt_lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.visible: Tensor | None = None
         self.filled = self.width = 0  # width: of the prompts, padding included
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Stores one layer's new key and value (B, K, T, E). Returns what a decoded token attends to, keys (B, K, E, S), values (B, K, S, E) and
-        which of them each row may see (B, S); None for prompts, whose tokens attend to one another."""
-        if layer == len(self.keys):
-            rows, kv_heads, length, head_size = key.shape
-            self.keys.append(key.new_zeros(rows, kv_heads, head_size, self.slots))
-            self.values.append(value.new_zeros(rows, kv_heads, self.slots, head_size))
-            self.keys[layer][..., :length] = key.transpose(2, 3)
-            self.values[layer][:, :, :length] = value
-            return None
-        now = self.filled + 1
-        self.keys[layer][..., self.filled] = key[:, :, 0]
-        self.values[layer][:, :, self.filled] = value[:, :, 0]
-        return self.keys[layer][..., :now], self.values[layer][:, :, :now], self.visible
+    def make_room(self, layers: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        """For prompts and responses of a model of this shape, whose keys and values have this type."""
+        rows, device = len(self.lengths), self.lengths.device
+        self.keys = [torch.zeros(rows, kv_heads, head_size, self.slots, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(rows, kv_heads, self.slots, head_size, dtype=dtype, device=device) for _ in range(layers)]
+
+    def held(self, layer: int, new: int) -> Held:
+        """One layer's, with slots for the `new` tokens of this call."""
+        now = self.filled + new
+        return Held(self.keys[layer][..., :now], self.values[layer][:, :, :now], self.visible)
 
     def advance(self) -> None:
         """Counts the tokens of the call that just went through all layers, and says what the next one may see."""

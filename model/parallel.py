@@ -7,6 +7,7 @@ multiplied by their number first: the sum over processes comes out.
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class TrainingFlags(ProcessFlags):
     dtype: str = flag("fp32", "what matrix products run in; weights and optimiser stay fp32", choices=("fp32", "bf16"))
     parallel: str = flag("ddp", "how several processes share a model", choices=("ddp", "fsdp"))
     checkpoint_activations: bool = flag(False, "keep one tensor per layer for the backward pass and compute the others again")
+    compile: bool = flag(False, "compile layers, which takes a C++ compiler and a minute or two per stage; changes roundings alone")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class World:
     parallel: str
     checkpoint_activations: bool = False
     offload: bool = False
+    compiled: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -98,6 +101,8 @@ def start(flags: DeviceFlags) -> World:
         raise UsageError("--device cuda: no CUDA device is visible; use --device cpu")
     if flags.parallel == "fsdp" and size == 1 and "RANK" not in os.environ:
         raise UsageError("--parallel fsdp: needs torchrun, as in: torchrun --nproc_per_node 2 train.py ...")
+    if flags.compile and not shutil.which(compiler := os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        raise UsageError(f"--compile: there is no {compiler}, with which torch compiles; install it, name another by CXX, or leave the flag out")
     kind = "cuda" if flags.device != "cpu" and torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
@@ -106,7 +111,7 @@ def start(flags: DeviceFlags) -> World:
         print("warning: --dtype bf16: this processor has no products in bf16 and can take 20 times as long as in fp32 (tests/results/speed.md)", file=sys.stderr)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=flags.rank_timeout))
-    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations, flags.offload)
+    return World(rank, size, device, DTYPES[flags.dtype], flags.parallel, flags.checkpoint_activations, flags.offload, flags.compile)
 
 
 def stop() -> None:
@@ -195,6 +200,8 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
     half, sharded = world.dtype == torch.bfloat16, dist.is_initialized() and world.parallel == "fsdp"
     for trunk in [module for module in model.modules() if isinstance(module, Transformer)]:
         trunk.checkpoint_activations = world.checkpoint_activations and not frozen
+    if world.compiled:
+        compile_layers(model)
     if frozen and half:
         hold_in_bf16(model, everything=sharded)
     resting = frozen and world.offload
@@ -218,6 +225,14 @@ def distribute(model: nn.Module, world: World, *, frozen: bool = False) -> nn.Mo
     # By default the outermost part stays gathered after a forward without backward (validation, sampling), and `parameters()` would then
     # show copies that no optimiser should be given.
     return fill(fully_shard(model, mp_policy=precision, offload_policy=offload, reshard_after_forward=True), home)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """All layers run the same code, in some ten forms (with a gradient and without, of prompts, of one token ...) at any lengths. Past the limit
+    torch would go on uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in [module for module in model.modules() if isinstance(module, Layer)]:
+        layer.compile(dynamic=True)
 
 
 def hold_in_bf16(model: nn.Module, everything: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UsageError
-from model.cache import Cache
+from model.cache import Cache, Held
 from model.packing import Packing
 
 
@@ -101,13 +101,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """One query per row: softmax(q k / sqrt(E)) v over the visible (B, S) of keys (B, K, E, S) and values (B, K, S, E); query and result
-    (B, H, 1, E). On CPUs two products are faster than torch's kernel, which is made for many queries (tests/results/speed.md)."""
-    grouped = query.reshape(*values.shape[:2], -1, query.shape[3])  # (B, K, H / K, E): the queries that share a key-value head
-    scores = (grouped @ keys).float() * query.shape[3] ** -0.5
-    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(dim=-1)
-    return (weights.to(values.dtype) @ values).reshape(query.shape)
+def attend_to_cache(query: Tensor, held: Held) -> Tensor:
+    """One query per row: softmax(q k / sqrt(E)) v over what is visible of keys and values; query and result (B, H, 1, E). On CPUs two
+    products are faster than torch's kernel, which is made for many queries (tests/results/speed.md)."""
+    grouped = query.reshape(*held.values.shape[:2], -1, query.shape[3])  # (B, K, H / K, E): the queries that share a key-value head
+    scores = (grouped @ held.keys).float() * query.shape[3] ** -0.5
+    weights = scores.masked_fill(~held.visible[:, None, None], -math.inf).softmax(dim=-1)
+    return (weights.to(held.values.dtype) @ held.values).reshape(query.shape)
 
 
 @dataclass(frozen=True)
@@ -151,26 +151,26 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, cache: Cache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, held: Held | None
     ) -> Tensor:
         """x (B, T, D), or with places (N, D), to the same, or with read to the (M, D) of those tokens. Causal without a mask; mask
-        (B, 1, T, T) says which keys (last) a query may see. A cache that holds tokens already means decoding: T is 1 and each row attends
-        to what it holds."""
+        (B, 1, T, T) says which keys (last) a query may see. Where something is visible in what is held, T is 1 and each row attends to that."""
         heads, kv_heads, head_size = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x) if places is None else places.spread(self.qkv(x))
-        if cache is None and qkv.device.type == "cpu":
+        if held is None and qkv.device.type == "cpu":
             qkv = qkv.float()  # under bf16, too: torch's attention on CPUs can take twice as long in it (tests/results/speed.md)
         qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
-        held = None if cache is None else cache.update(layer, key, value)
+        if held is not None:
+            held.keys[..., -key.shape[2] :], held.values[:, :, -key.shape[2] :] = key.transpose(2, 3), value
         if mask is not None and heads != kv_heads:  # torch's fast kernels on GPUs take a mask or fewer keys than queries, not both
             key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
         with torch.autocast(qkv.device.type, enabled=False):
-            if held is None:
+            if held is None or held.visible is None:
                 mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=key.shape[1] != heads)
             else:
-                mixed = attend_to_cache(query, *held)
+                mixed = attend_to_cache(query, held)
         mixed = mixed.transpose(1, 2).flatten(2)
         kept = read or places
         return self.output(mixed if kept is None else kept.gather(mixed))
@@ -200,9 +200,9 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, cache: Cache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, places: Places | None, read: Places | None, held: Held | None
     ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x), rope, mask, places, read, cache, layer)
+        mixed = self.attention(self.attention_norm(x), rope, mask, places, read, held)
         x = (x if read is None else read.among(places, x)) + mixed
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -233,12 +233,16 @@ class Transformer(nn.Module):
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, E): one set of angles for all heads
         places, asked = (None, None) if read is None else (places_of(up_to_last(read), FEW), places_of(read))
         x = self.embedding(tokens if places is None else tokens.flatten()[places.numbers])
+        if cache is not None and not cache.keys:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            cache.make_room(self.config.layers, self.config.kv_heads, self.config.head_size, dtype)
         for index, layer in enumerate(self.layers):
             own = asked if index + 1 == len(self.layers) else None
             if self.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(layer, x, (cos, sin), mask, places, own, None, index, use_reentrant=False)
+                x = checkpoint(layer, x, (cos, sin), mask, places, own, None, use_reentrant=False)
             else:
-                x = layer(x, (cos, sin), mask, places, own, cache, index)
+                x = layer(x, (cos, sin), mask, places, own, None if cache is None else cache.held(index, tokens.shape[1]))
         made = asked or places
         return self.norm(x) if made is None else made.spread(self.norm(x))
 

@@ -1,11 +1,12 @@
 """New tokens per second: ours and transformers' `generate`, same weights, same prompts, greedy, in turn.
 
     pip install -r tests/bench/requirements.txt
-    python tests/bench/generation.py [--rows 64] [--prompt 64] [--new 64] [--repeats 5] [--dtype fp32] [--threads N] [--static]
+    python tests/bench/generation.py [--rows 64] [--prompt 64] [--new 64] [--repeats 5] [--dtype fp32] [--threads N] [--static [--compile]]
     python tests/bench/generation.py --device cuda --dtype bf16 --size 1b       # needs 12 GB
 
 The model is a LLaMA of 8.4M parameters, or one of the program's sizes, with random weights. Both must give the same tokens (in fp32) before anything is timed; neither may
-end early. --static: transformers holds keys and values in slots that wait, as ours does, in place of its default. Prints medians and the median of the
+end early. --static: transformers holds keys and values in slots that wait, as ours does, in place of its default;
+--compile: both sides' are compiled. Prints medians and the median of the
 paired ratios.
 """
 
@@ -29,6 +30,7 @@ from data.report import markdown_table  # noqa: E402
 from model.checkpoint import save_model  # noqa: E402
 from model.generate import generate  # noqa: E402
 from model.heads import LanguageModel  # noqa: E402
+from model.parallel import compile_layers  # noqa: E402
 from model.transformer import SIZES, ModelConfig, initialise  # noqa: E402
 
 NEVER = -1  # an end token that no row draws
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "base", "1b"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--static", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
@@ -69,6 +72,9 @@ def main() -> None:
     ours, theirs = models(config, flags.device)
     if flags.dtype == "bf16":
         theirs = theirs.bfloat16()  # its fastest way; ours keeps float32 weights and computes under autocast
+    if flags.compile:
+        compile_layers(ours)
+        theirs.forward = torch.compile(theirs.forward)
     prompts = torch.randint(4, config.vocab_size, (flags.rows, flags.prompt), generator=torch.Generator().manual_seed(0))
 
     there = prompts.to(flags.device)
