@@ -159,6 +159,8 @@ MUTATIONS = [
          "= (x[: len(rows)] for x in (self.lengths, self.prompt_lengths, self.visible))", GENERATE),
         ("cache: every slot is visible", "model/transformer.py", ".masked_fill(~held.visible[:, None, None], -math.inf)", "", GENERATE),
         ("cache: scores are not scaled", "model/transformer.py", "(grouped @ held.keys).float() * query.shape[3] ** -0.5", "(grouped @ held.keys).float()", GENERATE),
+        ("cache: new tokens lie where the first ones were", "model/transformer.py", "held.keys[..., -key.shape[2] :]", "held.keys[..., : key.shape[2]]", GENERATE),
+        ("--compile compiles nothing", "model/parallel.py", "    if world.compiled:", "    if False:", "tests/model/test_compiled.py"),
         ("cache: one column too few", "model/cache.py", "slots >= self.width", "slots > self.width", GENERATE),
         ("cache: a column of padding", "model/cache.py", "slots < self.prompt_lengths", "slots <= self.prompt_lengths", GENERATE),
         ("rotary: halves swapped", "model/transformer.py",
