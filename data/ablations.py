@@ -89,6 +89,10 @@ GROUPS: dict[str, dict[str, Row]] = {
     "ppo-lr": levels("--ppo-lr", (1e-4, 6e-4), ("ppo-all", "mpo")),
     "kl": levels("--ppo-kl-coef", (0.03, 0.05, 0.2, 0.4), ("ppo-all", "mpo", "mpo-sft-ref")),
     "budget": levels("--ppo-iterations", (5, 10), ("ppo-all", "ppo-difficult", "mpo", "mpo-sft-ref")),  # 40 is the default
+    "orders": {
+        "mpo-mixed": Row({"--ppo-part": "all"}, "dpo-all"),  # all pairs, then all prompts: no curriculum
+        "mpo-blind-split": Row({"--split-rule": "blind"}, "dpo-blind"),  # halves that no reward model has had a say in
+    },
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", ARMS)
     | together({"--annotator-bias": 1.0, "--pairs": 2_000} | STRONGLY, "few-biased", ARMS),
@@ -104,7 +108,9 @@ CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim comp
         ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
     ),
     "MPO beats DPO alone and PPO alone": (("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts")),
-    "easy before difficult beats other orders and splits": (("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo")),
+    "easy before difficult beats other orders and splits": (
+        ("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo"), ("mpo", "mpo-mixed"), ("mpo", "mpo-blind-split"),
+    ),
     "it is the selection that helps, not the reward model's opinion or a loss that knows of flips": (
         ("dpo-easy", "relabelled-all"), ("dpo-easy", "soft-all"),
         ("dpo-easy@flip-rate-0.2", "cdpo-all@flip-rate-0.2"), ("dpo-easy@flip-rate-0.2", "robust-all@flip-rate-0.2"),

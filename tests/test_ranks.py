@@ -253,7 +253,7 @@ def test_a_run_goes_on_with_another_number_of_processes(chain, tmp_path, ten_ste
         command(*stage, program="tests/killed.py", env={"KILL": "work:130"}, expect=-9)
     else:
         output = under_torchrun(*stage, "--parallel", first[1], ranks=first[0], broken="exit:75", expect=1)
-        assert "SIGKILL" in output.partition("Root Cause")[2] and "the last checkpoint is" in output
+        assert "SIGKILL" in output.partition("Root Cause")[2] and "the last checkpoint is" in output, output
     begun = sorted((run / "sft" / "checkpoints").glob("step-*"))
     assert begun and len(steps(run / "sft")) < 10
     if then[0] == 1:
