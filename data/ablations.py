@@ -107,7 +107,10 @@ CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim comp
     "the DPO model as reference beats the SFT model": (
         ("mpo", "mpo-sft-ref"), ("mpo-sft-start", "ppo-difficult"), ("mpo", "ppo-difficult"), ("mpo", "ppo-again"), ("mpo", "ppo-chosen-easy"),
     ),
-    "MPO beats DPO alone and PPO alone": (("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts")),
+    "MPO beats DPO alone and PPO alone": (
+        ("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts"),
+        ("mpo@ppo-kl-coef-0.4", "dpo-easy@dpo-lr-0.0002"), ("mpo@ppo-kl-coef-0.4", "dpo-all@dpo-beta-0.1"),  # DPO that goes as far as MPO
+    ),
     "easy before difficult beats other orders and splits": (
         ("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo"), ("mpo", "mpo-mixed"), ("mpo", "mpo-blind-split"),
     ),

@@ -9,6 +9,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -183,14 +184,17 @@ def compared(lines: Sequence[dict]) -> str:
         differences_text(lines, key), settings_text(lines, key), samples_text(lines, key),
         f"At the weights that are {PICKS['best']}"
         + ("; best-of-n is not trained: the best of 16 answers, which is at most so far from SFT and costs 16 samples a prompt" if "best-of-n" in names else "") + ":\n",
-        table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes": lambda line: line["time"]["train"] / 60}),
+        table({title: at("best", column) for column, title in COLUMNS.items()} | {"minutes of its own stage": lambda line: line["time"]["train"] / 60}),
+        "At the last weights:\n",
+        table({title: at("last", column) for column, title in COLUMNS.items()}),
         "At each of the weights that one could pick (a score that rises while the true reward falls is over-optimisation):\n",
         table({f"{text}, {what}": at(pick, column) for pick, text in PICKS.items() for column, what in shown.items()}),
         trials_text(lines, key), course_text(lines),
     ]  # fmt: skip
     if kinds:
         parts += ["True reward by kind of prompt, best by own validation:\n",
-                  table({kind: lambda line, kind=kind: line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind) for kind in kinds})]  # fmt: skip
+                  table({kind: lambda line, kind=kind: line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind) for kind in kinds}),
+                  kinds_text(lines, kinds)]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -306,23 +310,42 @@ def tuned(trials: Sequence[dict], by: str, key: str) -> float:
 
 
 def trials_text(lines: Sequence[dict], key: str) -> str:
-    """The claims' comparisons with the best of equally many trials on both sides; "" where no row was tried in more than one setting."""
+    """The claims' comparisons with the best of several trials on each side, of the same settings where both have been tried in the same; "" where
+    no row was tried in more than one."""
     rows = []
-    for a, b in (pair for pairs in CLAIMS.values() for pair in pairs):
+    for a, b in claimed_pairs():
         mine, theirs = trials_of(lines, a), trials_of(lines, b)
-        settings = [setting for setting in mine if setting in theirs]
-        if len(settings) < 2:
+        shared = [setting for setting in mine if setting in theirs]
+        sides = [[found[setting] for setting in (shared if len(shared) > 1 else found)] for found in (mine, theirs)]
+        if min(map(len, sides)) < 2:
             continue
-        seeds = [seed for seed in mine[settings[0]] if all(seed in found[setting] for found in (mine, theirs) for setting in settings)]
+        seeds = sorted(set.intersection(*(set(of_seeds) for side in sides for of_seeds in side)))
+        arms = [[[of_seeds[seed] for of_seeds in side] for seed in seeds] for side in sides]
+        star = "*" * any(on_two_sfts(x, y, key) for trials in zip(*arms, strict=True) for x, y in combinations(sum(trials, []), 2))
         cells = []
         for pick, by in (("judge", "score_raw"), ("true", "true_reward")):
-            arms = [[[found[setting][seed] for setting in settings] for seed in seeds] for found in (mine, theirs)]
             known = seeds and all(pick in line["picked"] for arm in arms for trials in arm for line in trials)
             both = [[tuned(trials, by, key) for trials in arm] for arm in arms] if known else []
             cells.append(format_interval(*paired_difference(*both)) if known else None)
-        rows.append([f"{a} - {b}", len(seeds), len(settings), *cells])
-    header = ["", "seeds", "trials each", "best by the judge", "best by true reward"]
-    return f"Differences of {COLUMNS[key]} with the best of equally many trials:\n\n" + markdown_table(header, rows) if rows else ""
+        rows.append([f"{a} - {b}{star}", len(seeds), ", ".join(str(len(side)) for side in sides), *cells])
+    header = ["", "seeds", "trials of the two", "best by the judge", "best by true reward"]
+    return f"Differences of {COLUMNS[key]} with the best of several trials on each side:\n\n" + markdown_table(header, rows) if rows else ""
+
+
+def kinds_text(lines: Sequence[dict], kinds: Sequence[str]) -> str:
+    """The claims' differences by kind of prompt, for splits whose parts have other shares of the kinds."""
+
+    def best(line: dict, kind: str) -> float | None:
+        return line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind)
+
+    rows = []
+    for a, b in claimed_pairs():
+        first, second = of_row(lines, a), of_row(lines, b)
+        if both := [(first[seed], second[seed]) for seed in first if seed in second]:
+            values = {kind: [(best(x, kind), best(y, kind)) for x, y in both] for kind in kinds}
+            cells = [None if None in sum(pairs, ()) else format_interval(*paired_difference(*zip(*pairs, strict=True))) for pairs in values.values()]
+            rows.append([f"{a} - {b}", len(both), *cells])
+    return "Differences of true reward by kind of prompt, best by own validation:\n\n" + markdown_table(["", "seeds", *kinds], rows) if rows else ""
 
 
 def course_text(lines: Sequence[dict]) -> str:

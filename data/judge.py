@@ -135,7 +135,7 @@ def judged_text(numbers: dict) -> str:
     """The numbers as Markdown."""
     first, second = numbers["names"]
     titles = {
-        "win_rate": f"{first} wins against {second}, ties half", "length_controlled": "the same at equal length (definition: data/judge.py)",
+        "win_rate": f"{first} wins against {second}, ties half", "length_controlled": "the same for answers of equal length, by a logistic regression on tanh of the difference in characters (data/judge.py)",
         "position": "A wins, of the pairs with a winner (bias to a place if not 0.50)",
         "agreement_raw": "agreement with the reward model", "agreement_true": "agreement with the true reward",
     }  # fmt: skip

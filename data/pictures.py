@@ -16,10 +16,10 @@ MARKERS, DASHES = "os^Dvp*X", ("-", "--", "-.", ":")
 SCORE = "reward model's score (standard deviations)"
 INSTALL = 'pip install "matplotlib>=3.8,<4"'
 SWEEPS = {  # file -> (flag, default, what it is) of each panel
-    "threshold": (("split-quantile", 0.5, "quantile of the prompts' largest undisputed gaps from which they are easy"),),
+    "threshold": (("split-quantile", 0.5, "quantile of the gaps from which prompts are easy"),),
     "budget": (("ppo-iterations", 40, "rounds of PPO, 128 responses each"),),
     "noise": (
-        ("label-temperature", 1.0, "label temperature"), ("flip-rate", 0.0, "share of flipped labels"), ("annotator-bias", 0.0, "annotator's liking of length"),
+        ("label-temperature", 1.0, "label temperature"), ("flip-rate", 0.0, "share of flipped labels"), ("annotator-bias", 0.0, "annotator's bias (true reward per ten words more)"),
     ),
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ def draw(lines: Sequence[dict], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"gaps": gaps, "frontier": frontier, "rows": bars}
+    drawn = {"gaps": gaps, "frontier": frontier, "coefficients": coefficients, "rows": bars}
     drawn |= {name: lambda plt, lines, sweeps=sweeps: effects(plt, lines, sweeps) for name, sweeps in SWEEPS.items()}
     paths = []
     for name, picture in drawn.items():
@@ -95,11 +95,11 @@ def frontier(plt, lines: Sequence[dict]):
     if not families:
         return None
     key, label = worth(lines)
-    panels = [("kl_sft", key, "KL to SFT (nats per response)", label), ("online_samples", key, "responses sampled online", label)]
-    if key != "score":
-        panels.insert(1, ("kl_sft", "score", "KL to SFT (nats per response)", SCORE))
+    worths = [(key, label)] if key == "score" else [(key, label), ("score", SCORE)]
+    ways = (("kl_sft", "KL to SFT (nats per response)"), ("online_samples", "responses sampled online"))
+    panels = [(x, y, x_label, y_label) for x, x_label in ways for y, y_label in worths]
     figure, grid = plt.subplots(
-        len(families), len(panels), layout="constrained", figsize=(4.8 * len(panels), 4 * len(families)), squeeze=False, sharex="col", sharey="col"
+        len(families), len(panels), layout="constrained", figsize=(4.4 * len(panels), 4 * len(families)), squeeze=False, sharex="col", sharey="col"
     )
     sft = {y: mean_mark(lines, "sft", y) for y in (key, "score")}
     for axes_of_family, (title, rows) in zip(grid, families.items(), strict=True):
@@ -108,7 +108,7 @@ def frontier(plt, lines: Sequence[dict]):
                 axes.axis("off")  # it samples nothing online
                 continue
             for place, name in enumerate(rows):
-                curve(axes, list(of_row(lines, name).values()), x, y, name, COLOURS[place % 8], MARKERS[place % 8], DASHES[place // 8 % 4])
+                curve(axes, list(of_row(lines, name).values()), x, y, name, COLOURS[place % 8], MARKERS[place % 8], DASHES[place % 4])
             if x == "kl_sft":
                 axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))  # a reward grows about as the root
                 axes.plot(0, sft[y], color="black", marker="X", markersize=7, linestyle="", label="SFT", clip_on=False, zorder=5)
@@ -118,8 +118,31 @@ def frontier(plt, lines: Sequence[dict]):
             axes.tick_params(labelbottom=True, labelleft=True)
             axes.grid(alpha=0.3)
         axes_of_family[0].legend(fontsize=7)
-    for axes in grid[0][:-1]:
+    for axes in grid[0]:
         axes.set_xlim(left=0)  # columns share it
+    return figure
+
+
+def coefficients(plt, lines: Sequence[dict]):
+    """Reward against KL to SFT at each KL coefficient, best by own validation: a mark per coefficient, which stands beside it, and dots for seeds."""
+    swept = {name.partition("@ppo-kl-coef-")[0] for name in names_of(lines) if "@ppo-kl-coef-" in name}
+    if not swept:
+        return None
+    key, label = worth(lines)
+    figure, axes = plt.subplots(layout="constrained", figsize=(6.5, 4.5))
+    for place, row in enumerate(sorted(swept)):
+        levels = {float(name.rpartition("-")[2]): name for name in names_of(lines) if name.startswith(f"{row}@ppo-kl-coef-")}
+        levels |= {0.1: row} if row in names_of(lines) else {}
+        means, colour = [], COLOURS[place % 8]
+        for level, name in sorted(levels.items()):
+            points = [[at("best", of)(line) for of in ("kl_sft", key)] for line in of_row(lines, name).values()]
+            axes.scatter(*zip(*points, strict=True), color=colour, s=5, alpha=0.5)
+            means.append(np.mean(points, axis=0))
+            axes.annotate(f"{level:g}", means[-1], xytext=((-4, 8), (8, -3), (-4, -14))[place % 3], textcoords="offset points", fontsize=7, color=colour)
+        axes.plot(*np.transpose(means), color=colour, marker=MARKERS[place % 8], linestyle=DASHES[place % 4], label=row)
+    axes.set(xlabel="KL to SFT (nats per response)", ylabel=label, title="Reward at each KL coefficient")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -189,7 +212,7 @@ def effects(plt, lines: Sequence[dict], sweeps: Sequence[tuple[str, float, str]]
             points = [(x + aside, values) for x, values in gained.items()]
             middles, halves = zip(*(interval_of(found) for _, found in points), strict=True)
             style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-            axes.errorbar([x for x, _ in points], middles, yerr=halves, label=row, capsize=3, linestyle=DASHES[place % len(DASHES)], **style)
+            axes.errorbar([x for x, _ in points], middles, yerr=halves, label=f"{row}, {len(seeds)} seeds", capsize=3, linestyle=DASHES[place % len(DASHES)], **style)
             for x, found in points:
                 axes.scatter([x] * len(found), found, s=7, color=style["color"], alpha=0.6)
         axes.set(xlabel=x_label, ylabel=f"{label}, above SFT's")

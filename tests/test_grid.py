@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from data import grid
 from data.ablations import Row
 from data.errors import UsageError
 from data.run import locked
+from data.synthetic import true_reward
 from train import build_parser, defaults
 
 ROWS = ("dpo-easy", "best-of-n", "mpo")
@@ -83,6 +85,12 @@ def test_only_the_missing_row_is_run_again_and_says_the_same(made, tmp_path):
     assert "mpo, seed 1: started" in output and "dpo-easy, seed 1: started" not in output and "what rows share" not in output
     after = lines(folder / "rows.jsonl")
     assert list(map(timeless, after)) == list(map(timeless, before))
+
+
+@pytest.mark.slow
+def test_a_row_made_again_from_its_data_on_is_the_same(made, tmp_path):
+    command("--stage", "ablations", "--out", tmp_path / "again", "--only", "dpo-easy", "--seeds", 1, *WORLD, *TINY)
+    assert timeless(*lines(tmp_path / "again" / "rows.jsonl")) == timeless(lines(made[0] / "rows.jsonl")[0])
 
 
 def test_no_process_waits_for_what_it_does_not_need(tmp_path, monkeypatch):
@@ -277,21 +285,32 @@ def test_flags_that_rows_decide_and_seeds_that_are_none(tmp_path):
     assert not (tmp_path / "grid").exists()
 
 
-def test_compare_prints_tables_and_writes_them(made, tmp_path):
+@pytest.mark.parametrize("drawn", [True, False])
+def test_compare_prints_tables_and_writes_them(made, tmp_path, monkeypatch, drawn):
+    if drawn:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     rows = shutil.copy(made[0] / "rows.jsonl", tmp_path)
     output = here("--compare", rows, program="eval.py")
-    assert "| mpo - dpo-easy | 1 |" in output and ("pictures/rows.png" in output or "pip install" in output)
+    assert "| mpo - dpo-easy | 1 |" in output and ("pictures/rows.png" in output) == drawn == ("pip install" not in output)
+    assert (tmp_path / "pictures" / "rows.png").exists() == drawn
     assert (tmp_path / "report.md").read_text().strip() in output.strip() and (tmp_path / "rows.csv").exists()
     assert "no rows in" in here("--compare", tmp_path / "none", program="eval.py", expect=2)
 
 
 def test_judges_by_the_commands(made, tmp_path):
     run = shutil.copytree(next((made[0] / "runs").glob("mpo-1-*")), tmp_path / "run", symlinks=False)
-    here("--run", run, "--models", "ppo,sft", "--judge-out", tmp_path / "pairs.jsonl", program="eval.py")
+    here("--run", run, "--models", "ppo", "--judge-out", tmp_path / "pairs.jsonl", program="eval.py")  # against the chosen responses
     asked = lines(tmp_path / "pairs.jsonl")
-    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps({"id": row["id"], "verdict": "tie"}) + "\n" for row in asked))
+    worth = [[true_reward("advice", f"\n\n{row['prompt']}", f" {row[place]}") for place in "AB"] for row in asked]  # judges see no outer blanks
+    gaps = [a - b for a, b in worth]
+    verdicts = [{"id": row["id"], "verdict": "A" if gap > 0 else "B" if gap < 0 else "tie"} for row, gap in zip(asked, gaps, strict=True)]
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     output = here("--run", run, "--judge-in", tmp_path / "verdicts.jsonl", program="eval.py")
-    assert "| ppo wins against sft, ties half | 20 | 20 | 0.50 [" in output and (run / "eval" / "judged.md").exists()
+    decided = sum(gap != 0 for gap in gaps)
+    assert decided > 10 and f"| agreement with the true reward | {decided} | 0 | 1.00 [" in output
+    assert f"| ppo wins against chosen, ties half | 20 | {20 - decided} | " in output and (run / "eval" / "judged.md").exists()
     said = here("--run", run, "--models", "ppo,sft,ppo/snapshot-*", "--judge-out", tmp_path / "pairs.jsonl", program="eval.py", expect=2)
     assert "compares two models, or one" in said and "chosen;" not in said
     assert "say with --models" in here("--run", run, "--judge-out", tmp_path / "pairs.jsonl", program="eval.py", expect=2)

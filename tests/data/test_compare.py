@@ -12,7 +12,7 @@ from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
 from data.compare import (
     as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text,
-    samples_text, settings_text, trials_text, tuned, verdict,
+    kinds_text, samples_text, settings_text, trials_text, tuned, verdict,
 )  # fmt: skip
 from data.errors import DataError
 from data.grid import read_rows
@@ -119,7 +119,7 @@ def judged(found, scores):
     } | {points[0].split("/")[0]: {"score_raw": scores[1], "true_reward": -1}}}  # fmt: skip
 
 
-def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
+def test_the_best_of_several_trials_is_picked_by_the_judge():
     lines = [
         judged(line("mpo", 1, (1.0, 2.0, 1.5)), (0.1, 0.2, 0.3)), judged(line("mpo@ppo-kl-coef-0.2", 1, (3.0, 4.0, 5.0)), (0.1, 0.2, 0.9)),
         judged(line("ppo-all", 1, (0.0, 0.5, 0.0)), (0.1, 0.2, 0.3)), judged(line("ppo-all@ppo-kl-coef-0.2", 1, (0.0, 0.0, 0.2)), (0.1, 0.2, 0.25)),
@@ -127,11 +127,26 @@ def test_the_best_of_equally_many_trials_is_picked_by_the_judge():
         judged(line("mpo@flip-rate-0.2", 1, (9.0, 9.0, 9.0)), (9, 9, 9)),  # other data, no trial
     ]  # fmt: skip
     text = trials_text(lines, "true_reward")
-    assert "| mpo - ppo-all | 1 | 2 | 5.00 | 1.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 1 against 0, the first of those that tie
+    assert "| mpo - ppo-all | 1 | 2, 2 | 5.00 | 1.00 |" in text  # judge: 5 at 0.9 against 0 at 0.3; true reward: 1 against 0, the first of those that tie
     assert text.count("\n| mpo") == 1
     assert trials_text(LINES, "true_reward") == ""
+    other = [judged(line("dpo-easy", 1, (0.0, 1.0, 0.0)), (0.1, 0.2, 0.3)), judged(line("dpo-easy@dpo-beta-0.5", 1, (0.0, 2.0, 0.0)), (0.1, 0.4, 0.3))]
+    text = trials_text([*lines, *other], "true_reward")
+    assert "| mpo - dpo-easy | 1 | 3, 2 | 7.00 |" in text  # settings of its own each: 9 at 9, 2 at 0.4
+    other[1]["marks"] = other[1]["marks"] | {"sft": other[1]["marks"]["sft"] | {"true_reward": 0.7}}
+    assert "| mpo - dpo-easy* | 1 | 3, 2 |" in trials_text([*lines, *other], "true_reward")
     without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
-    assert "| mpo - ppo-all | 1 | 2 | - | - |" in trials_text(without, "score")
+    assert "| mpo - ppo-all | 1 | 2, 2 | - | - |" in trials_text(without, "score")
+
+
+def test_differences_by_kind_of_prompt():
+    lines = [line(row, seed, (1.0, 2.0, 3.0)) for row in ("mpo", "ppo-all") for seed in (1, 2)]
+    for found in lines:
+        best = found["picked"]["best"]
+        more = found["seed"] * (found["row"] == "mpo")
+        found["points"][best] = found["points"][best] | {"true_reward_by_kind": {"list": 1.0 + more} | ({"decline": 0.5} if found["seed"] == 1 else {})}
+    assert "| mpo - ppo-all | 2 | 1.50 [-4.85, 7.85] | - |" in kinds_text(lines, ("list", "decline"))  # 1 and 2; no prompt of that kind on one seed
+    assert kinds_text(lines[:2], ("list",)) == ""
 
 
 def test_what_a_setting_changes_of_a_difference():
@@ -194,7 +209,7 @@ def test_means_need_every_seed():
 
 def test_the_report_has_every_row_and_the_claims_it_can_judge():
     text = compared(LINES)
-    assert text.count("| mpo | 3 |") == 3 and text.count("| dpo-easy | 2 |") == 3
+    assert text.count("| mpo | 3 |") == 4 and text.count("| dpo-easy | 2 |") == 4
     assert "| mpo - dpo-easy | 2 | 0.75 [" in text and "mpo - ppo-all" not in text
     assert names_of(LINES) == ["dpo-easy", "mpo"]
 
@@ -264,7 +279,7 @@ def test_numbers_of_the_page_are_those_of_the_tables():
     assert len(page) > 250 and set(page) - set(tables) <= {
         "0.10 [0.05, 0.15]",  # three betas alone, before there were six trials
         "-0.10 [-0.14, -0.05]", "-0.03 [-0.09, 0.04]",  # MPO's score less that of the best of 16, and of 8
-        "0.02 [-0.07, 0.10]", "-0.15 [-0.30, 0.01]", "0.03 [0.03, 0.04]",  # rows that stand on another SFT, each less its own
+        "0.02 [-0.07, 0.10]", "-0.15 [-0.30, 0.01]", "0.03 [0.03, 0.04]", "-0.03 [-0.65, 0.58]",  # rows that stand on another SFT, each less its own
         "0.60 [-0.56, 1.76]", "0.73 [0.17, 1.28]", "0.15 [-1.56, 1.86]",  # of the chain, worlds.jsonl
         "0.08 [0.00, 0.16]", "-0.04 [-0.08, -0.00]", "-0.11 [-0.22, 0.00]", "-0.14 [-0.23, -0.04]",  # another rule for equal KL
     }  # fmt: skip
@@ -274,7 +289,7 @@ def test_pictures_of_whatever_rows_there_are(tmp_path):
     pytest.importorskip("matplotlib")
     assert {path.stem for path in pictures.draw(LINES, tmp_path / "few")} == {"gaps", "frontier", "rows"}
     every = [line(name, seed, (1.0, 2.0, 3.0)) for name in ROWS for seed in (1, 2)]
-    assert {path.stem for path in pictures.draw(every, tmp_path / "all")} == {"gaps", "frontier", "rows", "threshold", "budget", "noise"}
+    assert {path.stem for path in pictures.draw(every, tmp_path / "all")} == {"gaps", "frontier", "coefficients", "rows", "threshold", "budget", "noise"}
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "all").iterdir())
     sweeps = [line(name, 1, (1.0, 2.0, 3.0)) for name in ROWS if name not in CORE]
     assert "threshold" in {path.stem for path in pictures.draw(sweeps, tmp_path / "sweeps")}
