@@ -58,8 +58,7 @@ def longest(run):
     return {"max_prompt": max(len(row.chosen.prompt) for row in rows), "max_response": LIMITS["max_response"]}
 
 
-CASES = [("sft", {}), ("sft", {"dtype": "bf16"}), ("rm", {"checkpoint_activations": True}), ("dpo", {"dtype": "bf16"}), ("ppo", {})]
-CASES += [("ppo", {"critic": "trunk"}), ("ppo", {"offload": True})]
+CASES = [("sft", {}), ("sft", {"dtype": "bf16"}), ("rm", {"checkpoint_activations": True}), ("dpo", {}), ("ppo", {"critic": "trunk"}), ("ppo", {"offload": True})]
 SLOW = [(stage, extra) for stage in STEPS for extra in ({}, {"dtype": "bf16"}, {"checkpoint_activations": True}) if (stage, extra) not in CASES]
 SLOW += [("ppo", {"entropy_coef": 0.01, "critic": "trunk"}), ("dpo", {"offload": True, "dtype": "bf16"}), ("rm", {"offload": True})]
 SLOW += [("sft", {"micro_batch": 16}), ("ppo", {"prompts_per_iteration": 64, "micro_batch": 4, "dtype": "bf16"})]
