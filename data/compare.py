@@ -9,7 +9,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import combinations
 
 import numpy as np
 
@@ -273,7 +272,8 @@ def settings_text(lines: Sequence[dict], key: str) -> str:
             if seeds:
                 here, there = ([at("best", key)(x[seed]) - at("best", key)(y[seed]) for seed in seeds] for x, y in (four[:2], four[2:]))
                 changed = paired_difference(here, there)
-                rows.append([f"{a} - {b}", setting[1:], len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
+                star = "*" * any(on_two_sfts(four[0][seed], four[2][seed], key) for seed in seeds)
+                rows.append([f"{a} - {b}{star}", setting[1:], len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
     header = ["", "setting", "seeds", "there", "with defaults", "change", "shown"]
     return f"What a setting changes of a difference of {COLUMNS[key]}, best by own validation, on the seeds that have both:\n\n" + markdown_table(header, rows) if rows else ""
 
@@ -297,10 +297,13 @@ def samples_text(lines: Sequence[dict], key: str) -> str:
     return f"Differences of {COLUMNS[key]} after equally many responses sampled online:\n\n" + markdown_table(header, rows) if rows else ""
 
 
-def trials_of(lines: Sequence[dict], name: str) -> dict[str, dict[int, dict]]:
-    """Setting -> seed -> line: a row ("") and those that differ from it in one of TRIALS alone."""
+def trials_of(lines: Sequence[dict], name: str, key: str) -> dict[str, dict[int, dict]]:
+    """Setting -> seed -> line: a row ("") and those that differ from it in one of TRIALS alone, but for what stands on another SFT model: its judge
+    was made again, too, and the scores of two judges have no common zero."""
     settings = {row: row.removeprefix(name).removeprefix("@") for row in names_of(lines) if row.partition("@")[0] == name}
-    return {setting: of_row(lines, row) for row, setting in settings.items() if not setting or setting.startswith(TRIALS)}
+    found = {setting: of_row(lines, row) for row, setting in settings.items() if not setting or setting.startswith(TRIALS)}
+    plain = found.get("", {})
+    return {setting: of for setting, of in found.items() if not any(seed in plain and on_two_sfts(of[seed], plain[seed], key) for seed in of)}
 
 
 def tuned(trials: Sequence[dict], by: str, key: str) -> float:
@@ -314,20 +317,19 @@ def trials_text(lines: Sequence[dict], key: str) -> str:
     no row was tried in more than one."""
     rows = []
     for a, b in claimed_pairs():
-        mine, theirs = trials_of(lines, a), trials_of(lines, b)
+        mine, theirs = trials_of(lines, a, key), trials_of(lines, b, key)
         shared = [setting for setting in mine if setting in theirs]
         sides = [[found[setting] for setting in (shared if len(shared) > 1 else found)] for found in (mine, theirs)]
         if min(map(len, sides)) < 2:
             continue
         seeds = sorted(set.intersection(*(set(of_seeds) for side in sides for of_seeds in side)))
         arms = [[[of_seeds[seed] for of_seeds in side] for seed in seeds] for side in sides]
-        star = "*" * any(on_two_sfts(x, y, key) for trials in zip(*arms, strict=True) for x, y in combinations(sum(trials, []), 2))
         cells = []
         for pick, by in (("judge", "score_raw"), ("true", "true_reward")):
             known = seeds and all(pick in line["picked"] for arm in arms for trials in arm for line in trials)
             both = [[tuned(trials, by, key) for trials in arm] for arm in arms] if known else []
             cells.append(format_interval(*paired_difference(*both)) if known else None)
-        rows.append([f"{a} - {b}{star}", len(seeds), ", ".join(str(len(side)) for side in sides), *cells])
+        rows.append([f"{a} - {b}", len(seeds), ", ".join(str(len(side)) for side in sides), *cells])
     header = ["", "seeds", "trials of the two", "best by the judge", "best by true reward"]
     return f"Differences of {COLUMNS[key]} with the best of several trials on each side:\n\n" + markdown_table(header, rows) if rows else ""
 

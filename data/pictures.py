@@ -108,7 +108,7 @@ def frontier(plt, lines: Sequence[dict]):
                 axes.axis("off")  # it samples nothing online
                 continue
             for place, name in enumerate(rows):
-                curve(axes, list(of_row(lines, name).values()), x, y, name, COLOURS[place % 8], MARKERS[place % 8], DASHES[place % 4])
+                curve(axes, list(of_row(lines, name).values()), x, y, name, COLOURS[place % 8], MARKERS[place % 8], DASHES[(place + place // 8) % 4])
             if x == "kl_sft":
                 axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))  # a reward grows about as the root
                 axes.plot(0, sft[y], color="black", marker="X", markersize=7, linestyle="", label="SFT", clip_on=False, zorder=5)
@@ -131,15 +131,18 @@ def coefficients(plt, lines: Sequence[dict]):
     key, label = worth(lines)
     figure, axes = plt.subplots(layout="constrained", figsize=(6.5, 4.5))
     for place, row in enumerate(sorted(swept)):
-        levels = {float(name.rpartition("-")[2]): name for name in names_of(lines) if name.startswith(f"{row}@ppo-kl-coef-")}
-        levels |= {0.1: row} if row in names_of(lines) else {}
+        levels = {float(name.partition("coef-")[2]): of_row(lines, name) for name in names_of(lines) if name.startswith(f"{row}@ppo-kl-coef-")}
+        levels |= {0.1: of_row(lines, row)} if row in names_of(lines) else {}
+        seeds = sorted(set.intersection(*map(set, levels.values())))
+        if not seeds:
+            continue
         means, colour = [], COLOURS[place % 8]
-        for level, name in sorted(levels.items()):
-            points = [[at("best", of)(line) for of in ("kl_sft", key)] for line in of_row(lines, name).values()]
+        for level, found in sorted(levels.items()):
+            points = [[at("best", of)(found[seed]) for of in ("kl_sft", key)] for seed in seeds]
             axes.scatter(*zip(*points, strict=True), color=colour, s=5, alpha=0.5)
             means.append(np.mean(points, axis=0))
             axes.annotate(f"{level:g}", means[-1], xytext=((-4, 8), (8, -3), (-4, -14))[place % 3], textcoords="offset points", fontsize=7, color=colour)
-        axes.plot(*np.transpose(means), color=colour, marker=MARKERS[place % 8], linestyle=DASHES[place % 4], label=row)
+        axes.plot(*np.transpose(means), color=colour, marker=MARKERS[place % 8], linestyle=DASHES[place % 4], label=f"{row}, {len(seeds)} seeds")
     axes.set(xlabel="KL to SFT (nats per response)", ylabel=label, title="Reward at each KL coefficient")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

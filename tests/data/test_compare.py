@@ -133,8 +133,8 @@ def test_the_best_of_several_trials_is_picked_by_the_judge():
     other = [judged(line("dpo-easy", 1, (0.0, 1.0, 0.0)), (0.1, 0.2, 0.3)), judged(line("dpo-easy@dpo-beta-0.5", 1, (0.0, 2.0, 0.0)), (0.1, 0.4, 0.3))]
     text = trials_text([*lines, *other], "true_reward")
     assert "| mpo - dpo-easy | 1 | 3, 2 | 7.00 |" in text  # settings of its own each: 9 at 9, 2 at 0.4
-    other[1]["marks"] = other[1]["marks"] | {"sft": other[1]["marks"]["sft"] | {"true_reward": 0.7}}
-    assert "| mpo - dpo-easy* | 1 | 3, 2 |" in trials_text([*lines, *other], "true_reward")
+    lines[4]["marks"] = lines[4]["marks"] | {"sft": lines[4]["marks"]["sft"] | {"true_reward": 0.7}}  # made again elsewhere, with another judge
+    assert "| mpo - dpo-easy | 1 | 2, 2 | 3.00 |" in trials_text([*lines, *other], "true_reward")
     without = [found | {"picked": {"best": found["picked"]["best"]}} for found in lines]  # files, and no judge
     assert "| mpo - ppo-all | 1 | 2, 2 | - | - |" in trials_text(without, "score")
 
