@@ -262,9 +262,10 @@ def test_csv_has_a_row_per_point():
     assert (float(best["validation_score_raw"]), float(best["minutes"]), float(best["list"])) == (1.0, 1.0, 1.5)
 
 
-def test_the_committed_tables_are_those_of_the_committed_rows():
+@pytest.mark.parametrize("of", ["ablations", "ablations/orders"])
+def test_the_committed_tables_are_those_of_the_committed_rows(of):
     """`eval.py --compare tests/results/ablations` was run after the last row came."""
-    folder = Path(__file__).resolve().parents[1] / "results" / "ablations"
+    folder = Path(__file__).resolve().parents[1] / "results" / of
     rows, report = read_rows(folder / "rows.jsonl"), (folder / "report.md").read_text(encoding="utf-8")
     for title, part in by_setting(rows).items():
         assert f"## {title}\n" in report and compared(part) in report
@@ -275,8 +276,8 @@ def test_numbers_of_the_page_are_those_of_the_tables():
     """Every interval that ablations.md states stands in a table of report.md, but for a few that the page says are of no table."""
     results = Path(__file__).resolve().parents[1] / "results"
     interval = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
-    page, tables = (interval.findall((results / name).read_text(encoding="utf-8")) for name in ("ablations.md", "ablations/report.md"))
-    assert len(page) > 250 and set(page) - set(tables) <= {
+    page, *tables = (set(interval.findall((results / name).read_text(encoding="utf-8"))) for name in ("ablations.md", "ablations/report.md", "ablations/orders/report.md"))
+    assert len(page) > 250 and page - set.union(*tables) <= {
         "0.10 [0.05, 0.15]",  # three betas alone, before there were six trials
         "-0.10 [-0.14, -0.05]", "-0.03 [-0.09, 0.04]",  # MPO's score less that of the best of 16, and of 8
         "0.02 [-0.07, 0.10]", "-0.15 [-0.30, 0.01]", "0.03 [0.03, 0.04]", "-0.03 [-0.65, 0.58]",  # rows that stand on another SFT, each less its own
