@@ -70,6 +70,11 @@ def at(pick: str, key: str) -> Callable[[dict], float | None]:
     return lambda line: line["points"][line["picked"][pick]].get(key) if pick in line["picked"] else None
 
 
+def on_kind(kind: str) -> Callable[[dict], float | None]:
+    """line -> the true reward on prompts of one kind, at the best weights by own validation; None where there were no such prompts."""
+    return lambda line: line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind)
+
+
 def over_seeds(lines: Sequence[dict], value: Callable[[dict], float | None]) -> str | None:
     """Mean and t interval of a number over lines, as text, counts without decimals; None where any lacks it."""
     values = [value(line) for line in lines]
@@ -121,6 +126,12 @@ def at_equal_pairs(a: dict, b: dict, key: str) -> tuple[float, float] | None:
     return tuple(float(np.interp(pairs, *zip(*way, strict=True))) for way in ways)
 
 
+def by_seed(lines: Sequence[dict], a: str, b: str) -> list[tuple[dict, dict]]:
+    """The lines of two rows, of each seed that has both."""
+    first, second = of_row(lines, a), of_row(lines, b)
+    return [(first[seed], second[seed]) for seed in first if seed in second]
+
+
 def on_two_sfts(x: dict, y: dict, key: str) -> bool:
     """Whether two lines of a seed, with the same flags up to SFT, stand on SFT models that were made twice and came out differently, as on other
     machines: a difference of the lines then has theirs in it."""
@@ -132,8 +143,7 @@ def on_two_sfts(x: dict, y: dict, key: str) -> bool:
 def differences(lines: Sequence[dict], a: str, b: str, key: str = "true_reward") -> dict:
     """a - b paired by seed: {"seeds": n, "on_two_sfts": of how many seeds, PICK: (mean, low, high), "equal_pairs" and "equal_kl" likewise,
     "kl": mean}, less what the rows lack."""
-    first, second = of_row(lines, a), of_row(lines, b)
-    both = [(first[seed], second[seed]) for seed in first if seed in second]
+    both = by_seed(lines, a, b)
     found: dict = {"seeds": len(both), "on_two_sfts": sum(on_two_sfts(x, y, key) for x, y in both)}
     for pick in PICKS:
         values = [(at(pick, key)(x), at(pick, key)(y)) for x, y in both]
@@ -192,7 +202,7 @@ def compared(lines: Sequence[dict]) -> str:
     ]  # fmt: skip
     if kinds:
         parts += ["True reward by kind of prompt, best by own validation:\n",
-                  table({kind: lambda line, kind=kind: line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind) for kind in kinds}),
+                  table({kind: on_kind(kind) for kind in kinds}),
                   kinds_text(lines, kinds)]  # fmt: skip
     return "\n".join(parts)
 
@@ -286,8 +296,7 @@ def samples_text(lines: Sequence[dict], key: str) -> str:
 
     found = {}
     for a, b in claimed_pairs():
-        first, second = of_row(lines, a), of_row(lines, b)
-        both = [(on_the_way(first[seed]), on_the_way(second[seed])) for seed in first if seed in second]
+        both = [(on_the_way(x), on_the_way(y)) for x, y in by_seed(lines, a, b)]
         counts = set.intersection(*(set(way) for ways in both for way in ways)) if both else ()
         if counts:
             found[f"{a} - {b}"] = len(both), {n: paired_difference(*zip(*((x[n], y[n]) for x, y in both), strict=True)) for n in counts}
@@ -336,16 +345,11 @@ def trials_text(lines: Sequence[dict], key: str) -> str:
 
 def kinds_text(lines: Sequence[dict], kinds: Sequence[str]) -> str:
     """The claims' differences by kind of prompt, for splits whose parts have other shares of the kinds."""
-
-    def best(line: dict, kind: str) -> float | None:
-        return line["points"][line["picked"]["best"]]["true_reward_by_kind"].get(kind)
-
     rows = []
     for a, b in claimed_pairs():
-        first, second = of_row(lines, a), of_row(lines, b)
-        if both := [(first[seed], second[seed]) for seed in first if seed in second]:
-            values = {kind: [(best(x, kind), best(y, kind)) for x, y in both] for kind in kinds}
-            cells = [None if None in sum(pairs, ()) else format_interval(*paired_difference(*zip(*pairs, strict=True))) for pairs in values.values()]
+        if both := by_seed(lines, a, b):
+            values = [[(on_kind(kind)(x), on_kind(kind)(y)) for x, y in both] for kind in kinds]
+            cells = [None if None in sum(pairs, ()) else format_interval(*paired_difference(*zip(*pairs, strict=True))) for pairs in values]
             rows.append([f"{a} - {b}", len(both), *cells])
     return "Differences of true reward by kind of prompt, best by own validation:\n\n" + markdown_table(["", "seeds", *kinds], rows) if rows else ""
 

@@ -8,7 +8,8 @@ A LLaMA of 8.4M parameters, or one of the program's sizes, random ids, prompts o
 likewise. Measured twice: the reference read at every step on both sides, and its log-probabilities known beforehand on both. bf16 is
 autocast on both sides, with fp32 weights, which is checked. The losses of the first two steps must agree before anything is timed. Prints medians, tokens
 per second with the prompt counted twice on both sides (ours reads it once: packing.py measures what that is worth), the median of the
-paired ratios; --compile compiles TRL's models, which asks for a C++ compiler, and reads the reference only. And what two steps of each side, in a process of its own, add to the memory that it had with everything imported.
+paired ratios, and what two steps of each side, in a process of its own, add to the memory that it had with everything imported.
+--compile compiles TRL's models, which asks for a C++ compiler, and measures with the reference read at every step alone.
 """
 
 import argparse
