@@ -19,15 +19,18 @@ BY_SIZE = {
 }
 
 
-def make_optimiser(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, lr: float, weight_decay: float, critic_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with betas (0.9, 0.99), eps 1e-8, one fused kernel per step. Only the matrices inside
-    the layers decay: small embeddings and output rows would leave some probability to every token of the vocabulary."""
-    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    the layers decay: small embeddings and output rows would leave some probability to every token of the vocabulary. critic_lr: of PPO's
+    separate critic, whose rate keeps this proportion to lr in every step (None: as lr)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays[parameter.dim() >= 2 and ".layers." in f".{name}"].append(parameter)
-    groups = [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.99), fused=True)
+            decay = weight_decay if parameter.dim() >= 2 and ".layers." in f".{name}" else 0.0
+            times = critic_lr / lr if critic_lr and ".critic." in f".{name}" else 1.0
+            groups.setdefault((decay, times), []).append(parameter)
+    made = [{"params": parameters, "weight_decay": decay, "times": times} for (decay, times), parameters in groups.items()]
+    return torch.optim.AdamW(made, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
 def for_size(stage: str, flags, parameters: int):
@@ -48,7 +51,8 @@ def lr_at(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, clip: float, where: str) -> float:
-    """Clips the global gradient norm, steps, clears gradients; returns the norm before clipping.
+    """Clips the global gradient norm, steps, clears gradients; returns the norm before clipping. A group of the optimiser with `times` steps at
+    so many times lr.
 
     Raises NumericalError, weights untouched, when the norm is not finite; `where` names stage and step.
     """
@@ -59,7 +63,7 @@ def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, 
         raise NumericalError(f"{where}: the gradient is not finite in {', '.join(broken[:3]) or 'its norm'}; try a smaller learning rate")
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm

@@ -60,6 +60,7 @@ class PpoFlags:
     value_coef: float = flag(0.5, "weight of the value loss; on a shared trunk so much harms the policy: take 0.1 there")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     critic: str = flag("separate", "a model of its own from the reward model, or a value head on the policy's trunk: faster, but noisier", choices=("separate", "trunk"))
+    critic_lr: float | None = flag(None, "peak learning rate of a separate critic (default: as --lr)", positive=True)
     discount: float = flag(1.0, "of later rewards", positive=True)
     gae_lambda: float = flag(0.95, "0 trusts the critic, 1 the rewards")
     bootstrap: bool = flag(False, "a response that was cut at the length limit is paid the critic's value of going on, in place of score and penalty")
@@ -93,6 +94,8 @@ def check_ppo_flags(flags: PpoFlags) -> None:
             f"--kl-horizon {flags.kl_horizon:g}: is less than --prompts-per-iteration {flags.prompts_per_iteration}; one round would move the coefficient"
             " by more than a fifth, and from five horizons on below 0; take a longer one"
         )
+    if flags.critic_lr and flags.critic != "separate":
+        raise UsageError(f"--critic-lr {flags.critic_lr:g}: is read with --critic separate alone; a value head on the trunk learns at --lr, weighed by --value-coef")
     if flags.kl_target is None and flags.kl_horizon != PpoFlags.kl_horizon:
         raise UsageError(f"--kl-horizon {flags.kl_horizon}: is read with --kl-target alone; give that, or leave it out")
 
@@ -283,7 +286,7 @@ def train_ppo(
     Interrupted after a signal.
     """
     saving = saving or Saving()
-    optimiser = make_optimiser(model, flags.lr, flags.weight_decay)
+    optimiser = make_optimiser(model, flags.lr, flags.weight_decay, flags.critic_lr)
     began = time.perf_counter()
 
     def look(step: int) -> dict[str, float]:

@@ -620,6 +620,7 @@ REFUSED = [
     ("--stage ppo --entropy-coef -1", "--entropy-coef -1"),
     ("--stage mpo --ppo-end-penalty -3", "--ppo-end-penalty -3"),
     ("--stage ppo --kl-horizon 5", "--kl-target"),
+    ("--stage ppo --critic trunk --critic-lr 1e-3", "--critic-lr 0.001: is read with --critic separate alone"),
     ("--stage ppo --kl-target 2 --kl-horizon 100", "--kl-horizon 100: is less than --prompts-per-iteration 128"),
     ("--stage ppo --part all --prompts jsonl:prompts.jsonl", "--part all"),
     ("--stage ppo --kl-target 2 --kl-coef 0", "--kl-coef 0, --kl-target"),

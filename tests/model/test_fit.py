@@ -357,7 +357,7 @@ def test_the_schedule_reaches_every_group_of_parameters(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(fit_module, "make_optimiser", lambda *args: made.append(make_optimiser(*args)) or made[0])
     kind, rows, objective = task("rm", 12)
-    run_fit(loud(kind), objective, rows, tmp_path / "m", replace(FLAGS, warmup=0.34))
+    run_fit(loud(kind), objective, rows, tmp_path / "m", replace(FLAGS, warmup=0.34, weight_decay=0.1))
     trace = [line["lr"] for line in lines(tmp_path / "m") if "lr" in line]
     assert trace == pytest.approx([1e-3, 1e-3, 1e-3 * (0.02 + 0.98 / 2)])
     assert [group["lr"] for group in made[0].param_groups] == [trace[-1]] * 2

@@ -209,6 +209,18 @@ def test_a_separate_critic_learns_and_the_reward_model_does_not(tmp_path):
     assert same_weights(reward_model, before) and not same_weights(model.critic, critic)
 
 
+@pytest.mark.parametrize("critic_lr", [None, 4e-3])
+def test_a_separate_critic_may_have_a_learning_rate_of_its_own(critic_lr, tmp_path):
+    """Adam's first step moves a weight by its learning rate, whatever the gradient."""
+    model, ref = PolicyWithCritic(loud(LanguageModel, CONFIG), loud(ScalarModel, CONFIG, 2)), loud(LanguageModel, CONFIG)
+    before = weights(model)
+    flags = replace(FLAGS, lr=1e-3, critic_lr=critic_lr, critic="separate", iterations=1, prompts_per_iteration=8, minibatch=8, passes=1, warmup=0.0, clip=1e6)
+    train(model, ref, loud(ScalarModel, CONFIG, 2), flags, folder=tmp_path)
+    for part, lr in (("policy", 1e-3), ("critic", critic_lr or 1e-3)):
+        moved = [(tensor - before[name]).abs().max().item() for name, tensor in weights(model).items() if name.startswith(part)]
+        assert max(moved) == pytest.approx(lr, rel=1e-3)
+
+
 def test_ppo_under_bf16_products_passes_its_own_checks(tmp_path):
     """First ratio and first KL are held to wider bounds than in float32, and stay within them; weights stay float32."""
     model, ref = with_values(loud(LanguageModel, CONFIG)), loud(LanguageModel, CONFIG)
