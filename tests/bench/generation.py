@@ -95,8 +95,8 @@ def main() -> None:
     tokens = flags.rows * flags.new
     mine, peer = (tokens / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
-    print(f"{machine(flags.device)}\n{flags.rows} prompts of {flags.prompt} tokens, {flags.new} new, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
-    print(markdown_table(["", "new tokens per second"], [("ours", f"{mine:.0f}"), (f"transformers {transformers.__version__}", f"{peer:.0f}"), ("ratio", f"{ratio:.2f}")]))
+    print(f"{machine(flags.device, transformers)}\n{flags.rows} prompts of {flags.prompt} tokens, {flags.new} new, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
+    print(markdown_table(["", "new tokens per second"], [("ours", f"{mine:.0f}"), ("transformers", f"{peer:.0f}"), ("ratio", f"{ratio:.2f}")]))
 
 
 if __name__ == "__main__":

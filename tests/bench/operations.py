@@ -5,7 +5,7 @@
 A DPO step on 16 pairs whose reference is known, what PPO's update does with 16 responses of 64+64 tokens and a critic of its own, decoding 64 rows of
 64+64 tokens, all at 8.4M parameters or a --size of the program's; and steps of the default chain, a million parameters: of SFT, which takes 2,488 (8 rows
 of 45 tokens), of a reward model (8 pairs), of PPO (16 responses). torch's profiler tells operations apart; shares are of the time of all, and what no
-operation accounts for is Python's and autograd's. Peak: see limits.py.
+operation accounts for is Python's and autograd's (on a GPU: what it waits for them). Peak: see limits.py.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from limits import autocast, peak_rate
 from machine import machine
 from packing import CONFIG, PAD, VOCAB, random_pairs
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,6 +122,8 @@ def shares(step: Callable[[], None], flags: argparse.Namespace) -> tuple[float, 
     times = dict.fromkeys((*KINDS, "Python, autograd"), 0.0)
     calls = 0
     for event in found.key_averages():
+        if event.device_type != DeviceType.CPU:  # a GPU's kernel, whose time the operation that started it has as well
+            continue
         calls += event.count if event.key.startswith("aten::") else 0
         times[kind_of(event.key)] += (event.self_device_time_total if flags.device == "cuda" else event.self_cpu_time_total) / 1e6 / flags.repeats
     times["Python, autograd"] += max(0.0, profiled - sum(times.values()))

@@ -37,7 +37,7 @@ def main() -> None:
     pairs = [pair for part in ("train", "validation") for pair in load_pairs(flags.run / "data", part)]  # parted again, by the same hashes
     text = Text(Tokenizer(path), path, described["max_prompt"], described["max_response"])
     setting = Setting(text, ALONE, EvalFlags(prompts=len(pairs), seed=flags.seed))
-    model, questions = setting.load(flags.run / "sft"), pick_questions(pairs, setting)
+    model, (questions, _) = setting.load(flags.run / "sft"), pick_questions(pairs, setting)
     draws = [setting.answer(model, questions, f"draw {draw}", greedy=False, temperature=1.0, draw=draw).texts for draw in (0, 1)]
     rng, lines = random.Random(flags.seed), []
     for question, first, second in zip(questions, *draws, strict=True):

@@ -51,12 +51,12 @@ def packed(model, pairs: list[PairRow]) -> torch.Tensor:
     return model(tokens, parts=parts)
 
 
-def separate(model, pairs: list[PairRow]) -> torch.Tensor:
+def separate(model, pairs: list[PairRow], device: torch.device = CPU) -> torch.Tensor:
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens, mask = to_tensors(rows, PAD, CPU)
+    tokens, mask = to_tensors(rows, PAD, device)
     if isinstance(model, LanguageModel):
         return masked_sum(model(tokens, mask).logp, mask[:, 1:]).view(2, -1).T
-    return model(tokens, row_lengths(rows, CPU)).view(2, -1).T
+    return model(tokens, row_lengths(rows, device)).view(2, -1).T
 
 
 def with_padding(model, pairs: list[PairRow]) -> torch.Tensor:

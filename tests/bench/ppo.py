@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
+import trl
 import trl.experimental.ppo.ppo_trainer as theirs
 from datasets import Dataset
 from packing import CONFIG, VOCAB
@@ -68,7 +70,7 @@ class Ours:
             seed=0, step=self.count, sampling=self.sampling, micro_batch=self.flags.micro_batch, world=self.world,
         )  # fmt: skip
         batch, began = make_batch(rollout, self.flags.kl_coef, self.flags, self.world), time.perf_counter()
-        lengths = rollout.mask.sum(dim=1).numpy()
+        lengths = rollout.mask.sum(dim=1).cpu().numpy()
         numbers = update(
             self.model, self.optimiser, batch,
             response_tokens=lengths, iteration=self.count, lr=LR, kl_coef=self.flags.kl_coef, flags=self.flags, seed=0, world=self.world,
@@ -115,7 +117,7 @@ class InTurn(TrainerCallback):
         prompts, side.prompts = side.prompts, self.drawn[0][:, : len(side.prompts[0])].tolist()
         mask = torch.zeros_like(self.drawn[0], dtype=torch.bool)
         mask[:, len(prompts[0]) :] = True
-        rl.rollout.sample = lambda *arguments: Responses(self.drawn[0], mask, torch.zeros(len(mask), dtype=torch.bool))
+        rl.rollout.sample = lambda *arguments: Responses(self.drawn[0], mask, torch.zeros_like(mask[:, 0]))
         mine = side.iteration()
         rl.rollout.sample, side.prompts, side.seconds = sample, prompts, {}
         names = {"score": "objective/scores", "kl": "objective/kl", "policy_loss": "loss/policy_avg", "value_loss": "loss/value_avg"}
@@ -180,7 +182,7 @@ def main() -> None:
     for name in ("TRL", *ours):
         median = statistics.median(seconds[name] for seconds in times)
         rows.append((name, f"{median:.2f}", f"{flags.episodes / median:.2f}", f"{statistics.median(s['TRL'] / s[name] for s in times):.2f}"))
-    print(f"{machine(flags.device)}\n{flags.episodes} episodes of {flags.prompt}+{flags.response} tokens, {flags.passes} passes, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
+    print(f"{machine(flags.device, trl, transformers)}\n{flags.episodes} episodes of {flags.prompt}+{flags.response} tokens, {flags.passes} passes, {flags.size or '8.4M parameters'}, {flags.dtype}\n")
     print(markdown_table(["", "seconds", "episodes/s", "ratio"], rows))
     for name, side in ours.items():
         whole = sum(side.seconds.values())

@@ -5,7 +5,8 @@
 The best of n samples of SFT is at most log n - (n - 1) / n nats from SFT, and nearly the best policy at that distance: so the table says
 how far a policy can come at which KL, judged by the true reward, and how far by the run's reward model, or another, and the one below it
 where, by kind of prompt; --draws 0 leaves both out. Then: how often labels and reward model agree with the truth on test pairs, how gaps
-are spread, and the kinds of prompts in the easy half, in all training pairs and in the test part.
+are spread, the kinds of prompts in the easy half, in all training pairs and in the test part, and on what the two err: by the term of the true
+reward in which a pair's responses differ most, by which of them is the longer one, and, where requests are for things, by how rare these are.
 """
 
 import argparse
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from data import synthetic  # noqa: E402
 from data.batches import encode_pairs, encode_prompt, stable_hash  # noqa: E402
+from data.examples import Pair  # noqa: E402
 from data.files import read_json  # noqa: E402
 from data.prepare import load_pairs  # noqa: E402
 from data.report import format_interval, markdown_table, mean_interval, wilson_interval  # noqa: E402
@@ -66,8 +68,8 @@ def main() -> None:
     rows, _ = encode_pairs(test, tokenizer, described["max_prompt"], described["max_response"])
     with torch.no_grad():
         chosen, rejected = reward_scores_of_pairs(load_model(flags.reward_model, ScalarModel), rows, tokenizer.pad_id, ALONE).T
-    known = {pair.id: (gap, synthetic.kind(name, pair.prompt)) for pair, gap in zip(test, gaps, strict=True)}
-    truth, kinds = (np.array(of_rows) for of_rows in zip(*(known[row.id] for row in rows), strict=True))
+    known = {pair.id: (gap, synthetic.kind(name, pair.prompt), pair) for pair, gap in zip(test, gaps, strict=True)}
+    truth, kinds, read = (np.array(of_rows) for of_rows in zip(*(known[row.id] for row in rows), strict=True))
     told = truth != 0
     right = {"labels": truth[told] > 0, "reward model": (chosen - rejected)[told] * truth[told] > 0}
     for who, hits in right.items():
@@ -82,6 +84,24 @@ def main() -> None:
         for kind in sorted(shares["all"])
     ]
     print(markdown_table(["kind", "all pairs", "easy", "test", *(f"{who} right" for who in right)], rows))
+    sides = [traits(name, pair) for pair in read[told]]
+    rows = []
+    for title in sides[0]:
+        for value in sorted({str(side[title]) for side in sides}):
+            here = np.array([str(side[title]) == value for side in sides])
+            rows.append((title, value, f"{here.mean():.2f}", f"{abs(truth[told][here]).mean():.2f}", *(f"{hits[here].mean():.2f}" for hits in right.values())))
+    print(markdown_table(["test pairs by", "", "share", "true gap", *(f"{who} right" for who in right)], rows))
+
+
+def traits(name: str, pair: Pair) -> dict[str, str]:
+    """What of a pair may mislead a reader."""
+    chosen, rejected = (synthetic.reward_terms(name, pair.prompt, text) for text in (pair.chosen, pair.rejected))
+    apart = {term: abs(chosen.get(term, 0.0) - rejected.get(term, 0.0)) for term in chosen | rejected}
+    words = len(pair.chosen.split()) - len(pair.rejected.split())
+    better = math.copysign(1, sum(chosen.values()) - sum(rejected.values()))
+    found = {"what they differ in most": max(apart, key=apart.get), "the better one is": "as long" if not words else "longer" if words * better > 0 else "shorter"}
+    rarity = getattr(synthetic.WORLDS[name].read_prompt(pair.prompt), "rarity", None)
+    return found if rarity is None else found | {"things asked for are of": "common kinds" if rarity < 0.5 else "rare kinds"}
 
 
 def print_best_of_n(flags: argparse.Namespace, name: str, test: list, described: dict) -> None:
