@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ from data.flags import Parser, add_flags, flag, take_flags
 from data.grid import read_rows
 from data.judge import judged, judged_text, read_verdicts, write_questions
 from data.prepare import form_of, load_pairs
-from data.report import report_text
-from data.run import MANIFEST, check_run_folder, identity, open_stage, parent_key
+from data.report import printable, report_text
+from data.run import MANIFEST, check_run_folder, command_for, identity, open_stage, parent_key
 from data.synthetic import WORLDS, best_response
 from data.tokenizer import Tokenizer
 from model.answers import (
@@ -85,7 +86,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
     if judge_out:
         flags = dataclasses.replace(flags, distances=False)
     check_run_folder(folder, "--run")
-    made_with = open_stage(folder / "data", f"python train.py --stage mpo --out {folder}")["flags"]
+    made_with = open_stage(folder / "data", command_for("mpo", folder))["flags"]
     names = model_names(folder, flags.models)
     asked_about = names if len(names) == 2 else [*names, "chosen"]
     if judge_out and len(asked_about) != 2:
@@ -107,7 +108,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
             print(f"careful: {name} was trained with another reward model, {of_training['path']}, than {reward_folder}, which judges here")
         if flags.distances and (ref := reference_folder(folder, name)) and folder.resolve() not in ref.parents:
             print(f"careful: {name} was trained with a reference that is not of this run, {ref}")
-    questions = pick_questions(load_pairs(folder / "data", flags.part), setting)
+    questions, left_out = pick_questions(load_pairs(folder / "data", flags.part), setting)
     # 2. everybody answers, everything is judged
     answers = {"chosen": setting.written([q.chosen for q in questions], questions)}
     if world_name:
@@ -129,7 +130,7 @@ def compare_run(folder: Path, world: World, flags: EvalFlags, judge_out: Path | 
         "run": str(folder), "data": made_with["data"], "world": world_name, "reward_model": str(reward_folder),
         "wins_judged_by": "true reward" if world_name else "reward model",
         "decoding": "greedy" if flags.greedy else f"sampled at temperature {flags.temperature:g}",
-        "seed": flags.seed, "part": flags.part, "prompts": len(questions), "max_response": limits.max_response,
+        "seed": flags.seed, "part": flags.part, "prompts": len(questions), "left_out": left_out, "max_response": limits.max_response,
         "rows": rows, "samples": samples,
     }  # fmt: skip
     text, name = report_text(report), "report" if flags.part == "test" else f"report-{flags.part}"
@@ -149,7 +150,7 @@ def ask_judge(path: Path, folder: Path, names: list[str], answers: dict[str, Ans
     ]  # fmt: skip
     style = load_pairs(folder / "data", setting.flags.part)[0].style
     count = write_questions(path, folder / "eval" / "keys", (names[0], names[1]), pairs, style, setting.flags.seed)
-    text = f"{count} pairs for a judge in {path}; report its verdicts with: python eval.py --run {folder} --judge-in FILE"
+    text = f"{count} pairs for a judge in {path}; report its verdicts with: python eval.py --run {shlex.quote(str(folder))} --judge-in FILE"
     print(text)
     return text
 
@@ -160,13 +161,13 @@ def model_names(folder: Path, asked: str | None) -> list[str]:
     for pattern in asked.split(",") if asked else [name for name in STAGES if (folder / name / MANIFEST).exists()]:
         stage = pattern.split("/")[0]
         if stage in STAGES:
-            open_stage(folder / stage, f"python train.py --stage {stage} --out {folder}", (stage,))
+            open_stage(folder / stage, command_for(stage, folder), (stage,))
         found = models_in(folder, pattern) if stage in STAGES else []
         if not found:
             there = [name for stage in STAGES for name in models_in(folder, f"{stage}/**")]
             raise UsageError(f"--models {asked}: no model {pattern!r} in {folder}; there are {', '.join(there) or 'none'}")
         names += found
-    open_stage(folder / "sft", f"python train.py --stage sft --out {folder}", ("sft",))  # all are compared with it
+    open_stage(folder / "sft", command_for("sft", folder), ("sft",))  # all are compared with it
     return list(dict.fromkeys(names))
 
 
@@ -184,7 +185,7 @@ def compare_rows(path: Path) -> None:
     file = path if path.suffix == ".jsonl" else path / "rows.jsonl"
     lines = read_rows(file)
     if not lines:
-        raise UsageError(f"--compare {path}: no rows in {file}; make some with: python train.py --stage ablations --out {file.parent}")
+        raise UsageError(f"--compare {path}: no rows in {file}; make some with: {command_for('ablations', file.parent)}")
     parts = []
     for index, (setting, part) in enumerate(compare.by_setting(lines).items()):
         parts += [f"## {setting}\n", compare.compared(part)]
@@ -246,7 +247,7 @@ def main(arguments: Sequence[str]) -> None:
     elif command.run is not None:
         compare_run(Path(command.run), world, flags, Path(command.judge_out) if command.judge_out else None)
     else:
-        print(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags))
+        print(printable(answer_prompt(Path(command.model), command.prompt, command.raw, world, flags)))
 
 
 def check_flags(given: dict) -> None:

@@ -22,6 +22,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,14 +33,14 @@ from data.files import read_json
 from data.flags import Parser, add_flags, take_flags, typed_names
 from data.grid import GridFlags, run_grid
 from data.prepare import DataFlags, WorldFlags, check_data_flags, prepare_data
-from data.run import CHANGE_NO_RESULT, MANIFEST, check_run_folder
+from data.run import CHANGE_NO_RESULT, FLAGS, MANIFEST, check_run_folder
 from data.split import SplitFlags, check_split_flags
 from data.synthetic import WORLDS
 from data.tokenizer import Tokenizer, tokenizer_file
 from eval import QUICK_PROMPTS, compare_run
 from losses.dpo import PREFERENCE_LOSSES, loss_flags
 from model.answers import EvalFlags
-from model.checkpoint import count_parameters, open_model
+from model.checkpoint import CONFIG, count_parameters, open_model
 from model.heads import LanguageModel, ScalarModel
 from model.offline import (
     DpoFlags, LossFlags, ModelFlags, RmFlags, SftFlags, TokenizerFlags, check_given_gaps, check_rm, check_tokenizer, chosen_loss, dpo_stage, rm_stage,
@@ -94,9 +95,10 @@ def mpo(run: Run) -> None:
     if run.world.is_main:
         flags = EvalFlags(prompts=QUICK_PROMPTS) if run.flags.quick else EvalFlags()
         compare_run(run.folder, dataclasses.replace(run.world, size=1, rank=0), dataclasses.replace(flags, seed=run.flags.seed))
+        out = shlex.quote(str(run.folder))
         print(
-            f"\nnext: python eval.py --model {run.folder}/ppo --prompt \"...\"      talk to the MPO model\n"
-            f"      python eval.py --run {run.folder} --greedy            compare again, decoding greedily\n"
+            f"\nnext: python eval.py --model {out}/ppo --prompt \"...\"      talk to the MPO model\n"
+            f"      python eval.py --run {out} --greedy            compare again, decoding greedily\n"
             f"      python train.py --stage dpo --help                    what a stage can be told"
         )
 
@@ -152,9 +154,12 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         add_flags(parser.add_argument_group("checkpoints, profile"), LoopFlags)
         add_flags(parser.add_argument_group("what it would need"), PlanFlags)
     add_flags(parser.add_argument_group("processes and devices"), FEWER.get(stage, DeviceFlags))
-    data = parser.add_argument_group("data", "in place when tokenizer or mpo make it; later stages take what it was made with, and refuse another")
+    makes_data = stage in ("tokenizer", "mpo", "ablations")
+    data = parser.add_argument_group("data", None if makes_data else "those of --stage tokenizer (see its --help), which makes the data: the same, or left out")
     add_flags(data, DataFlags)
     add_flags(data, WorldFlags)
+    for action in () if makes_data else data._group_actions:
+        action.help = argparse.SUPPRESS
     return parser
 
 
@@ -164,8 +169,9 @@ def check_flags(run: Run, stage: str) -> None:
         raise UsageError("--save-every: must be 0 or more")
     if {"size", "init"} <= set(run.given):
         raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
-    for name in filter(re.compile(r"((rm|dpo|ppo)_)?(init|ref|reward_model)").fullmatch, run.given):
-        place, reader = Path(run.given[name]), name.partition("_")[0]
+    places = {name: Path(place) for name, place in run.given.items() if re.fullmatch(r"((rm|dpo|ppo)_)?(init|ref|reward_model)", name)}
+    for name, place in places.items():
+        reader = name.partition("_")[0]
         earlier = CHAIN[: CHAIN.index(reader)] if reader in CHAIN else ()
         made_before = inside(run.folder, place) and place.resolve().relative_to(run.folder.resolve()).parts[0] in earlier
         if not place.is_dir() and not (run.chain and made_before):
@@ -178,6 +184,10 @@ def check_flags(run: Run, stage: str) -> None:
                     raise UsageError(f"--{field.replace('_', '-')} {getattr(flags, field)}: must lie within 0 and {most}")
             if name in CHECKS:
                 CHECKS[name](run, flags)
+    for name, place in places.items():
+        stopped = (place / FLAGS).exists() and not (place / MANIFEST).exists()  # of which its stage says more
+        if place.is_dir() and not stopped and not (place / CONFIG).exists():
+            raise UsageError(f"--{name.replace('_', '-')} {place}: no model is there; give a model's own folder, such as runs/mpo/sft or runs/mpo/rm")
     if run.chain:
         check_models(run)
 
@@ -228,7 +238,7 @@ def grid(given: dict) -> None:
             paths_of(spec)
     check_flags(Run(Path(flags.out), take_flags(RunFlags, given), ALONE, common, True, {}), "mpo")
     rows = run_grid(flags, common, defaults())
-    print(f"\nnext: python eval.py --compare {rows}")
+    print(f"\nnext: python eval.py --compare {shlex.quote(str(rows))}")
 
 
 def defaults() -> dict[str, object]:

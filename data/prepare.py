@@ -16,7 +16,7 @@ from data.errors import DataError, UsageError
 from data.examples import FORMATS, TEMPLATES, Demonstration, Pair, is_held_out, opening, paths_of, read_demonstrations, read_pairs
 from data.files import atomic_write
 from data.flags import flag
-from data.run import begin_stage, finish_stage, locked, open_stage
+from data.run import begin_stage, command_for, finish_stage, locked, open_stage
 from data.synthetic import WORLDS, write_world
 
 FORMAT_OF = {"advice": "hh", "digest": "tldr"}  # whose format a built-in world's files have
@@ -68,7 +68,7 @@ def prepare_data(
     """
     described = dataclasses.asdict(flags) | dataclasses.asdict(world_flags) | {"seed": seed}
     if (folder / "manifest.json").exists():
-        made_with = open_stage(folder, f"python train.py --stage tokenizer --out {folder.parent}")["flags"]
+        made_with = open_stage(folder, command_for("tokenizer", folder.parent))["flags"]
         if made_with.get("quick") and not quick:
             raise UsageError(f"{folder}: was made under --quick, which leaves most rows out; choose another --out, or add --quick")
         for name in given:

@@ -5,6 +5,7 @@ An accuracy of nothing (n = 0) is None, as are the ends of an interval from a si
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -287,7 +288,9 @@ def report_text(report: dict) -> str:
     won = {"wins_against_chosen": "wins against chosen", "wins_against_sft": "wins against SFT"}
     far = {"kl_sft": "KL to SFT", "kl_ref": "KL to reference"}
     form = {"tokens": "tokens", "ended": "ended", "distinct_2": "distinct-2"}
-    own = {"chosen_shift": "shift of chosen", "rejected_shift": "shift of rejected", "ranking_accuracy": "ranking accuracy", "idealised_ranking_accuracy": "ideal"}
+    own = {"chosen_shift": "shift of chosen", "rejected_shift": "shift of rejected", "ranking_accuracy": "ranking accuracy"}
+    own |= {"idealised_ranking_accuracy": "ideal"} if report["world"] else {}
+    left_out = f" ({report['left_out']} others are longer than --max-prompt and cannot be shortened)" if report["left_out"] else ""
     references = ", ".join(f"{name}: {numbers['reference']}" for name, numbers in rows.items() if numbers.get("reference"))
 
     def table(columns: dict[str, str]) -> str:
@@ -296,14 +299,14 @@ def report_text(report: dict) -> str:
 
     parts = [
         f"# The models of {report['run']}\n",
-        f"{n} {report['part']} prompts of {report['data']}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
+        f"{n} {report['part']} prompts of {report['data']}{left_out}, answers {report['decoding']}, seed {report['seed']}; n = {n}, 95 % intervals in brackets. Reward"
         f" model: {report['reward_model']}. Wins are judged by the {report['wins_judged_by']}, ties count half.\n",
         table(world | worth | won),
         f"KL in nats per response, exact over the vocabulary, on samples at temperature 1 (references: {references or 'none'}). Tokens count"
         f" the end token; answers that ended have one, those that were cut reached {report['max_response']} tokens without.\n",
         table(far | form),
-        f"On the {report['part']} pairs' own responses: nats that their log-probabilities gained on SFT's, and how often the chosen one is the likelier;"
-        " ideal is what DPO's optimum on all pairs would reach at this beta.\n",
+        f"On the {report['part']} pairs' own responses: nats that their log-probabilities gained on SFT's, and how often the chosen one is the likelier"
+        + ("; ideal is what DPO's optimum on all pairs would reach at this beta.\n" if world else ".\n"),
         table(own),
     ]
     if world:
@@ -320,10 +323,15 @@ def cell(value: dict | float | None) -> str:
     return format_interval(value["mean"], *value["interval"]) if isinstance(value, dict) else format_interval(value)
 
 
+def printable(text: str) -> str:
+    """A model's text with control characters other than tabs and line breaks as \\xNN: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def sample_text(shown: dict) -> str:
     """One prompt with the responses below it, each with the true reward (where there is one) and the reward model's raw score."""
     lines = [textwrap.indent(shown["prompt"].strip(), "    "), ""]
     for name, response in shown["responses"].items():
         true = f"true reward {response['true_reward']:.2f}, " if "true_reward" in response else ""
-        lines.append(f"- **{name}** ({true}reward model {response['score_raw']:.2f}): " + response["text"].strip().replace("\n", "\n  "))
+        lines.append(f"- **{name}** ({true}reward model {response['score_raw']:.2f}): " + printable(response["text"].strip()).replace("\n", "\n  "))
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -210,9 +211,21 @@ def check_ancestors(folder: Path, manifest: dict) -> None:
         if made.get("manifest") != digest(place / MANIFEST):
             raise UsageError(
                 f"{folder}: was made from another {name} than {place}, which was made anew since; remove {folder}, and what was made from it, and make"
-                f" it again: python train.py --stage {manifest['stage']} --out {folder.parent}"
+                f" it again: {command_for(manifest['stage'], folder.parent)}"
             )
         check_ancestors(place, read_json(place / MANIFEST))
+
+
+def command_for(stage: str, folder: Path, **typed) -> str:
+    """What makes a stage of a run, as it is typed in a shell. typed: flags that were typed about the run's data; --quick comes by itself where
+    that was made under it."""
+    made = folder / "data" / MANIFEST
+    if made.exists() and read_json(made)["flags"].get("quick"):
+        typed |= {"quick": True}
+    words = ["python", "train.py", "--stage", stage, "--out", str(folder)]
+    for name, value in typed.items():
+        words += [] if value is False else [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 class Metrics:

@@ -23,7 +23,7 @@ from data.files import read_json, weight_files
 from data.flags import flag
 from data.prepare import load_pairs
 from data.report import distinct_n, mean, preference_numbers, share, wins
-from data.run import MANIFEST, identity, open_stage, parent_key
+from data.run import MANIFEST, command_for, identity, open_stage, parent_key
 from data.synthetic import WORLDS, choice_probability, kind, true_reward, well_formed
 from model.checkpoint import CONFIG
 from model.generate import generate, row_uniforms
@@ -44,7 +44,7 @@ class EvalFlags:
     best_of: str | None = flag(None, "also the best of so many of SFT's answers, as DIR/rm picks them; several numbers with commas between")
     distances: bool = flag(True, "measure KL, and log-probabilities of the pairs; without, what answers are worth alone")
     reward_model: str | None = flag(None, "folder of the reward model that judges (default: DIR/rm)")
-    batch: int = flag(128, "prompts answered at a time; changes memory and speed", positive=True)
+    batch: int = flag(128, "prompts answered at a time; changes memory and speed, and results by rounding alone", positive=True)
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ class Setting:
 # ---- who answers what
 
 
-def pick_questions(pairs: Sequence[Pair], setting: Setting) -> list[Question]:
-    """The test prompts to answer, each once. Raises DataError where none fits."""
+def pick_questions(pairs: Sequence[Pair], setting: Setting) -> tuple[list[Question], int]:
+    """The test prompts to answer, each once, and how many are left out since they do not fit. Raises DataError where none fits."""
     first = {pair.prompt: pair for pair in reversed(pairs)}.values()
     ordered = sorted(first, key=lambda pair: stable_hash(pair.prompt))  # a file's order must not decide what is tested
     ids = (encode_prompt(pair.prompt, pair.style, setting.text.tokenizer, setting.text.max_prompt)[0] for pair in ordered)
-    questions = [Question(p.prompt, p.chosen, own) for p, own in zip(ordered, ids, strict=True) if own][: setting.flags.prompts]
-    if not questions:
+    fitting = [Question(p.prompt, p.chosen, own) for p, own in zip(ordered, ids, strict=True) if own]
+    if not fitting:
         raise DataError(f"no test prompt fits --max-prompt {setting.text.max_prompt}; make the run's data with a larger one")
-    return questions
+    return fitting[: setting.flags.prompts], len(ordered) - len(fitting)
 
 
 def model_answers(folder: Path, digests: dict[str, str], questions: Sequence[Question], setting: Setting) -> tuple[dict, dict]:
@@ -200,7 +200,7 @@ def open_reward_model(folder: Path, setting: Setting) -> tuple[ScalarModel, dict
     """The judging reward model, its config with the mean and std of its scores, and its folder."""
     where = Path(setting.flags.reward_model or folder / "rm")
     if setting.flags.best_of or not setting.flags.reward_model:  # DIR/rm picks, whoever judges
-        open_stage(folder / "rm", f"python train.py --stage rm --out {folder}", ("rm",))
+        open_stage(folder / "rm", command_for("rm", folder), ("rm",))
     model, stats = setting.load(where, ScalarModel), read_json(where / CONFIG)
     if not {"score_mean", "score_std"} <= set(stats):
         raise CheckpointError(f"{where / CONFIG}: has no score_mean and score_std; those that --stage rm makes have")
@@ -256,19 +256,24 @@ def pair_preferences(folder: Path, digests: dict[str, str], questions: Sequence[
     logps = {weights: reference_logps(setting.load(folder / name), rows, tokenizer.pad_id, setting.world) for weights, name in different.items()}
     pair_of = {pair.id: pair for pair in pairs}
     texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in (pair_of[row.id] for row in rows)]
-    # what DPO on all pairs learns from are draws of a known chance in a world; of other data we know the label alone
-    made = read_json(folder / "data" / MANIFEST)["flags"]
-    annotator, flips = (made["label_temperature"], made["annotator_bias"]), made["flip_rate"]
-    chance = np.array([choice_probability(setting.world_name, *text, *annotator) if setting.world_name else 0.999 for text in texts])
-    chance = (chance + flips * (1 - 2 * chance)).clip(0.001, 0.999)
+    odds = label_odds(folder, texts, setting.world_name) if setting.world_name else None
     found = {}
     for name in digests:
         made = read_json(folder / name.split("/")[0] / MANIFEST)
         flags = made["flags"]
         plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
         plain_dpo = plain_dpo and identity(made["parents"]["ref"]) == identity(parent_key(folder / "sft"))  # not --ref of another model
-        found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], np.log(chance / (1 - chance)) / flags["beta"] if plain_dpo else None)
+        found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], odds / flags["beta"] if plain_dpo and odds is not None else None)
     return found
+
+
+def label_odds(folder: Path, texts: Sequence[tuple[str, str, str]], world_name: str) -> np.ndarray:
+    """Log-odds (N,) that a label of the run's data prefers the first response, of (prompt, chosen, rejected): what DPO on all pairs learns from are
+    draws of that chance. Only a world knows it; of other data there is the label alone."""
+    made = read_json(folder / "data" / MANIFEST)["flags"]
+    chance = np.array([choice_probability(world_name, *text, made["label_temperature"], made["annotator_bias"]) for text in texts])
+    chance = (chance + made["flip_rate"] * (1 - 2 * chance)).clip(0.001, 0.999)
+    return np.log(chance / (1 - chance))
 
 
 def sample(index: int, prompt: str, answers: dict[str, Answers]) -> dict:

@@ -74,7 +74,8 @@ def evaluate(model: nn.Module, objective: Objective, rows: Sequence, micro_batch
     """Mean loss and metrics over rows, each counted once whatever the number of processes."""
     model.eval()
     sums: dict[str, float] = {}
-    for part in share_out(rows, world.rank, world.size, micro_batch):
+    parts = share_out(rows, world.rank, world.size, micro_batch)
+    for part in tqdm(parts, desc="validation", leave=False, delay=2, disable=not world.is_main, mininterval=1.0):
         with world.autocast():
             total, metrics = objective.loss(model, part or rows[:1])
         add_up(sums, {"loss": total, **metrics}, bool(part))

@@ -2,8 +2,8 @@
 
 Which token a row draws depends on the model, the row's prompt and the row's own random numbers only: one uniform number per token,
 drawn from (seed, key of the row) and put through the inverse of the cumulative distribution. So a response does not change with the
-batch it is in, with the number of processes, or after a resume. There is no top-k and no top-p: what is sampled from is exactly the
-distribution whose log-probabilities PPO uses.
+batch it is in, with the number of processes, or after a resume, but where rounding moves the border of two tokens across its number (one in
+hundreds). There is no top-k and no top-p: what is sampled from is exactly the distribution whose log-probabilities PPO uses.
 """
 
 from collections.abc import Callable, Sequence

@@ -135,6 +135,7 @@ def tokenizer_stage(run: Run) -> None:
             atomic_write(path, Path(flags.file).read_bytes())
         elif run.world.is_main:
             texts = [text for pair in load_pairs(run.folder / "data", "train") for text in (pair.prompt, pair.chosen, pair.rejected)]
+            run.say(f"  learning from {len(texts):,} texts")
             train_tokenizer(texts, path, flags.vocab_size)
         run.world.barrier()
         tokenizer = Tokenizer(path)
@@ -146,11 +147,13 @@ def warn_of_limits(run: Run, tokenizer: Tokenizer) -> None:
     """Says so where the data's limits cut more than a tenth of its texts: they are part of a run's data, so this is the time to choose others."""
     limits, pairs = read_json(run.folder / "data" / MANIFEST)["flags"], load_pairs(run.folder / "data", "train")[:1000]
     _, counts = encode_pairs(pairs, tokenizer, limits["max_prompt"], limits["max_response"])
-    of_all = {"prompt": counts["prompts shortened"] / len(pairs), "response": counts["responses cut"] / (2 * len(pairs))}
+    dropped = counts["dropped: prompt does not fit"]
+    of_all = {"prompt": (counts["prompts shortened"] + dropped) / len(pairs), "response": counts["responses cut"] / (2 * max(1, len(pairs) - dropped))}
     for what, share in of_all.items():
         if share > 0.1:
+            lost = f" ({dropped / len(pairs):.0%} cannot be and are left out with their pairs)" if what == "prompt" and dropped else ""
             run.say(
-                f"warning: tokenizer: {share:.0%} of {what}s are longer than --max-{what} {limits[f'max_{what}']} tokens and will be cut; for others,"
+                f"warning: tokenizer: {share:.0%} of {what}s are longer than --max-{what} {limits[f'max_{what}']} tokens and will be cut{lost}; for others,"
                 f" choose another --out with a larger --max-{what} or --{'tokenizer-' if run.chain else ''}vocab-size"
             )
 

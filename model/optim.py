@@ -61,7 +61,8 @@ def clipped_step(model: nn.Module, optimiser: torch.optim.Optimizer, lr: float, 
     if not math.isfinite(norm):
         broken = [name for name, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(whole(p.grad)).all())]
         raise NumericalError(f"{where}: the gradient is not finite in {', '.join(broken[:3]) or 'its norm'}; try a smaller learning rate")
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
+    if norm > clip:  # below it the product would be with 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
     for group in optimiser.param_groups:
         group["lr"] = lr * group.get("times", 1.0)
     optimiser.step()

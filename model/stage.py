@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
 from data.errors import CheckpointError, DataError, UsageError
@@ -22,7 +23,7 @@ from data.files import INDEX, atomic_write, copy_whole, digest, read_json, weigh
 from data.flags import flag, take_flags
 from data.prepare import DataFlags, WorldFlags, load_demonstrations, load_pairs
 from data.report import profile_text
-from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, code_version, finish_stage, lock_of, locked, open_stage
+from data.run import FLAGS, MANIFEST, METRICS, Metrics, begin_stage, code_version, command_for, finish_stage, lock_of, locked, open_stage
 from data.split import read_split
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
@@ -69,14 +70,12 @@ class Run:
             folder = self.folder / stage
             open_stage(folder, self.command(stage), (stage,))
         elif (folder := Path(given)) and ((folder / MANIFEST).exists() or (folder / FLAGS).exists()):
-            open_stage(folder, f"python train.py --stage {folder.name} --out {folder.parent}")
+            open_stage(folder, command_for(folder.name, folder.parent))
         return folder
 
     def command(self, stage: str) -> str:
         """What makes a stage of this run, with what was typed about data."""
-        typed = {name: value for name, value in self.given.items() if name in ABOUT_DATA and value is not False}
-        words = [f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in typed.items()]
-        return f"python train.py --stage {stage} --out {self.folder}{''.join(words)}"
+        return command_for(stage, self.folder, **{name: value for name, value in self.given.items() if name in ABOUT_DATA})
 
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
         """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
@@ -225,7 +224,8 @@ def open_text(run: Run) -> Text:
 
 def encoded(run: Run, text: Text, part: str) -> list[PairRow]:
     """The pairs of a part of DIR/data as ids; says what was shortened, cut or dropped."""
-    rows, counts = encode_pairs(load_pairs(run.folder / "data", part), text.tokenizer, text.max_prompt, text.max_response)
+    pairs = tqdm(load_pairs(run.folder / "data", part), desc=f"{part} pairs to ids", leave=False, delay=2, disable=not run.world.is_main, mininterval=1.0)
+    rows, counts = encode_pairs(pairs, text.tokenizer, text.max_prompt, text.max_response)
     say_counts(run, f"{part}: {len(rows)} pairs", counts)
     if not rows:
         raise DataError(f"{run.folder / 'data'}: no {part} pair fits --max-prompt {text.max_prompt}; raise it")
@@ -241,7 +241,8 @@ def say_counts(run: Run, what: str, counts: Counter) -> None:
 def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
     """What SFT imitates, as ids; rows whose prompt does not fit are left out. Says what was shortened, cut or dropped."""
     rows, counts = [], Counter()
-    for index, shown in enumerate(load_demonstrations(run.folder / "data", part)):
+    demonstrations = load_demonstrations(run.folder / "data", part)
+    for index, shown in enumerate(tqdm(demonstrations, desc=f"{part} texts to ids", leave=False, delay=2, disable=not run.world.is_main, mininterval=1.0)):
         prompt, shortened = encode_prompt(shown.prompt, shown.style, text.tokenizer, text.max_prompt)
         response, cut = encode_response(shown.response, text.tokenizer, text.max_response)
         if not prompt:

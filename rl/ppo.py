@@ -336,7 +336,7 @@ def train_ppo(
     with bar, saving.heeding_signals():
         while not finished:
             numbers = one_round(taken, kl_coef)
-            warned = warn_of_collapse(numbers, warned, world)
+            warned = warn_of_collapse(numbers, taken + 1, warned, world)
             # 5. the coefficient, validation, a checkpoint
             kl_coef = next_kl_coef(kl_coef, numbers["kl_ref_seq"], flags.kl_target, flags.kl_horizon, len(steps[taken]))
             taken, finished = taken + 1, taken + 1 == len(steps)

@@ -19,6 +19,7 @@ from model.resume import Saving
 from rl.rollout import Rollout
 
 EXPLODED = 1.0  # nats of KL per token above which PPO warns: every token e times likelier than under the reference; the worlds' runs end near 0.1
+SETTLED = 10  # rounds after which a critic should tell something of the returns
 
 
 def check_rollout(numbers: dict[str, float], rollout: Rollout, where: str, same_weights: bool, world: World, saving: Saving) -> None:
@@ -50,8 +51,9 @@ def check_first_ratio(world: World, mean: float, largest: float, where: str) -> 
     return largest
 
 
-def warn_of_collapse(numbers: dict[str, float], warned: list[str], world: World) -> list[str]:
-    """Says what to look at when all responses are empty, none ends, or the KL explodes; each once. Returns what was said so far."""
+def warn_of_collapse(numbers: dict[str, float], rounds: int, warned: list[str], world: World) -> list[str]:
+    """Says what to look at when all responses are empty, none ends, the KL explodes, or the critic is worse than none after ten of the rounds that
+    were taken; each once. Returns what was said so far."""
     signs = {
         "empty": (numbers["empty"] == 1,
             "collapsed: 100 % of the responses are empty; look at the reward model's scores of empty text, and at kl_ref_seq"),
@@ -60,6 +62,9 @@ def warn_of_collapse(numbers: dict[str, float], warned: list[str], world: World)
         "kl": (numbers["kl_ref_tok"] > EXPLODED,
             f"the KL to the reference has grown to {numbers['kl_ref_tok']:.2f} nats per token, {numbers['kl_ref_seq']:.1f} per response; read some"
             " responses: a score that rises here is mostly the reward model deceived; take a larger KL coefficient, a target for the KL, or a smaller learning rate"),
+        "critic": (rounds >= SETTLED and numbers["explained_variance"] < 0,
+            f"explained_variance is {numbers['explained_variance']:.2f} after {rounds} rounds: the critic tells less of the returns than their mean would, and adds"
+            " noise to the advantages; take a smaller --lr or a --critic-lr of its own, and with --critic trunk a small --value-coef"),
     }  # fmt: skip
     new = [name for name, (seen, _) in signs.items() if seen and name not in warned]
     for name in new if world.is_main else ():

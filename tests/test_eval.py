@@ -136,14 +136,31 @@ def test_kl_of_a_model_to_itself_is_zero():
 
 def test_which_prompts_are_answered_does_not_depend_on_the_order_of_the_file(plain_run):
     pairs, three = load_pairs(plain_run / "data", "test"), setting(plain_run, prompts=3)
-    picked = [question.prompt for question in pick_questions(pairs, three)]
-    assert picked == [question.prompt for question in pick_questions(pairs[::-1], three)]
+    picked = [question.prompt for question in pick_questions(pairs, three)[0]]
+    assert picked == [question.prompt for question in pick_questions(pairs[::-1], three)[0]]
     assert len(set(picked)) == 3 and picked != [pair.prompt for pair in pairs[:3]]
+
+
+def test_prompts_that_do_not_fit_are_counted(world_run, report, monkeypatch):
+    """Once each, though a prompt may have several pairs."""
+    pairs, here = load_pairs(world_run / "data", "test"), setting(world_run, prompts=5)
+    prompts, plain = sorted({pair.prompt for pair in pairs}), answers.encode_prompt
+    monkeypatch.setattr(answers, "encode_prompt", lambda prompt, *rest: ((), True) if prompt in prompts[:7] else plain(prompt, *rest))
+    asked, left_out = pick_questions([*pairs, *pairs], here)
+    assert len(asked) == 5 and left_out == 7 and not {question.prompt for question in asked} & set(prompts[:7])
+    assert report["left_out"] == 0 and "cannot be shortened" not in report_text(report)
+    assert "prompts of advice (7 others are longer than --max-prompt and cannot be shortened), answers" in report_text(report | {"left_out": 7})
+
+
+def test_a_models_control_characters_do_not_reach_the_terminal(report):
+    shown = report["samples"][0]
+    broken = shown | {"responses": {"sft": shown["responses"]["sft"] | {"text": "a\x1b[2Jb\x00\tc\nd\r\x9bé"}}}
+    assert "a\\x1b[2Jb\\x00\tc\n  d\\x0d\\x9bé" in report_text(report | {"samples": [broken]})
 
 
 def test_an_answer_depends_on_seed_and_prompt_alone(world_run):
     """Not on the batch, nor on which other prompts are asked."""
-    asked = pick_questions(load_pairs(world_run / "data", "test"), setting(world_run, prompts=8))
+    asked, _ = pick_questions(load_pairs(world_run / "data", "test"), setting(world_run, prompts=8))
 
     def answer(questions, **flags):
         return setting(world_run, **flags).answer(tiny(1), questions, "", greedy=False, temperature=1.0)
@@ -265,7 +282,8 @@ def test_without_a_world_the_reward_model_judges(plain_run):
     compare_run(plain_run, ALONE, EvalFlags(models="dpo"))
     found = read_json(plain_run / "eval" / "report.json")
     assert list(found["rows"]) == ["chosen", "dpo"] and found["wins_judged_by"] == "reward model" and found["world"] is None
-    assert not {"true_reward", "well_formed"} & set(found["rows"]["dpo"])
+    assert not {"true_reward", "well_formed", "idealised_ranking_accuracy"} & set(found["rows"]["dpo"])  # an optimum needs to know how likely labels are
+    assert "ideal" not in (plain_run / "eval" / "report.md").read_text()
     prompts = {pair.prompt for pair in load_pairs(plain_run / "data", "test")}
     assert found["prompts"] == len(prompts) == len(load_pairs(plain_run / "data", "test")) / 2  # each prompt is answered once
     assert found["rows"]["dpo"]["wins_against_sft"]["n"] == len(prompts)

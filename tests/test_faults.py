@@ -315,7 +315,7 @@ def test_models_of_another_kind_are_refused(chain, tmp_path):
     flags = ("--init", run / "sft", "--ref", run / "sft")
     assert "holds a language model" in here("--stage", "ppo", "--out", run, *flags, "--reward-model", run / "sft", expect=4)
     assert "score_mean" in here("--stage", "ppo", "--out", run, *flags, "--reward-model", run / "rm" / "fold-0", expect=4)
-    assert "config.json: missing" in here("--stage", "dpo", "--out", run, "--init", run / "tokenizer", expect=4)
+    assert "no model is there" in here("--stage", "dpo", "--out", run, "--init", run / "tokenizer", expect=2)
     assert "nowhere" in here("--stage", "dpo", "--out", run, "--init", tmp_path / "nowhere", expect=2)
     assert not {name for name in snapshot(run) if name.startswith(("dpo", "ppo"))}
     assert {name: digest for name, digest in snapshot(run).items() if name in before} == before

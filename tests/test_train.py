@@ -309,6 +309,8 @@ def test_a_fold_without_pairs_trains_no_model(chain, tmp_path, monkeypatch):
 def test_a_missing_stage_is_made_with_the_data_that_was_typed(chain, tmp_path):
     said = here("--stage", "sft", "--out", tmp_path / "new", "--data", "jsonl:own.jsonl", "--quick", expect=2)
     assert f"make it with: python train.py --stage tokenizer --out {tmp_path / 'new'} --data jsonl:own.jsonl --quick\n" in said
+    said = here("--stage", "rm", "--out", tmp_path / "a new one", expect=2)
+    assert f"make it with: python train.py --stage tokenizer --out '{tmp_path / 'a new one'}'\n" in said  # as a shell takes it
     assert f"--out {chain / 'sft'}: is a stage of a run; give the run's folder, {chain}\n" in here("--stage", "rm", "--out", chain / "sft", expect=2)
 
 
@@ -316,6 +318,17 @@ def test_limits_that_cut_much_are_told_before_anything_is_trained(tmp_path):
     said = here("--stage", "tokenizer", "--out", tmp_path / "run", *WORLD[:-4], "--max-prompt", 500, "--max-response", 5)
     assert re.search(r"warning: tokenizer: \d\d+% of responses are longer than --max-response 5 tokens .* a larger --max-response or --vocab-size\n", said)
     assert "--max-prompt" not in said
+    said = here("--stage", "tokenizer", "--out", tmp_path / "short", *WORLD[:-4], "--max-prompt", 4)
+    assert "warning: tokenizer: 100% of prompts are longer than --max-prompt 4 tokens and will be cut (100% cannot be and are left out with their pairs)" in said
+
+
+def test_a_folder_without_a_model_is_refused_by_name(chain, tmp_path):
+    """A run's folder in place of a model's, and a stage without a model: before anything begins, with a folder that would do."""
+    for stage, flag in (("dpo", "--init"), ("rm", "--init"), ("ppo", "--ref"), ("sft", "--init"), ("mpo", "--init"), ("mpo", "--ppo-ref")):
+        for place in (chain, chain / "data"):
+            data = WORLD if stage == "mpo" else ()
+            said = here("--stage", stage, "--out", tmp_path / "new", flag, place, *data, expect=2)
+            assert f"{flag} {place}: no model is there; give a model's own folder, such as runs/mpo/sft" in said and not (tmp_path / "new").exists()
 
 
 def test_gaps_that_are_missing_stop_a_chain_before_anything_is_trained(tmp_path):

@@ -176,6 +176,14 @@ def test_a_kl_that_explodes_is_told_once(capsys, tmp_path):
         assert "".join(capsys.readouterr()).count("the KL to the reference has grown") == told
 
 
+@pytest.mark.parametrize(("explained", "told"), [(-0.5, 1), (0.0, 0)])
+def test_a_critic_worse_than_none_is_told_once_after_ten_rounds(explained, told, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "explained_variance", lambda *arguments: explained)
+    train(*learner(), Count(), replace(LEARN, lr=1e-9, iterations=12, prompts_per_iteration=16))
+    output = "".join(capsys.readouterr())
+    assert output.count("warning: ppo:") == output.count("explained_variance is -0.50 after 10 rounds") == told
+
+
 def test_responses_that_end_are_no_collapse(learnt, capsys):
     train(*learner(), Count(), replace(LEARN, iterations=1))
     assert "warning" not in "".join(capsys.readouterr())
