@@ -395,6 +395,19 @@ def test_bf16_products_leave_weights_in_fp32_that_small_steps_still_move():
     assert (model.trunk.norm.weight != before).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+def test_a_gradient_in_bf16_points_where_that_in_fp32_does(name):
+    kind, rows, objective = task(name, 8)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = loud(kind)
+        train_step(model, objective, rows, 4, replace(ALONE, dtype=dtype))
+        gradients.append(flat(parameter.grad for parameter in model.parameters()))
+    exact, found = gradients
+    assert not torch.equal(exact, found) and torch.nn.functional.cosine_similarity(exact, found, dim=0) > 0.99
+    assert float((found - exact).norm() / exact.norm()) < 0.1
+
+
 def test_sft_learns_its_demonstrations_by_heart_and_where_they_end():
     """Masks, shift, end token, cache: a mistake in any of them, and greedy decoding does not give the very rows back."""
     rows = [row for row in ragged_rows(12) if row.response[-1] == EOS]
