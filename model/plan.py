@@ -202,8 +202,8 @@ def layer_bytes(job: Job) -> tuple[float, float]:
     c, a = job.config, 2 if job.bf16 else 4
     keys = c.kv_heads * c.head_size
     mask = a * job.row if job.stage in ("rm", "dpo") else 0  # a packed pair's, as numbers
-    twice = 2 * (3 * c.width + 2 * keys) + mask if job.bf16 and job.on_cpu else 0  # attention's part in fp32, and its result in bf16, too
-    return 8 * c.width + a * (3 * c.width + 3 * keys) + 4 * c.heads + 4 + mask + twice, 8 * c.width + a * (2 * c.width + 4 * c.feed_forward) + 4
+    twice = 2 * (2 * c.width + 2 * keys) + mask if job.bf16 and job.on_cpu else 0  # attention's part in fp32, and its result in bf16, too
+    return 8 * c.width + a * (2 * c.width + 2 * keys) + 4 * c.heads + 4 + mask + twice, 8 * c.width + a * (2 * c.width + 4 * c.feed_forward) + 4
 
 
 def of_update(job: Job) -> list[Line]:
@@ -214,9 +214,9 @@ def of_update(job: Job) -> list[Line]:
     before, after = layer_bytes(job)
     n = f"n = {rows} x {job.row}"
     if job.checkpoint:
-        why, kept = f"n (4 L D) + one layer's n (16 D + a (5 D + 3 K E + 4 F) + ...), {n}", tokens * c.layers * 4 * c.width
+        why, kept = f"n (4 L D) + one layer's n (16 D + a (4 D + 2 K E + 4 F) + ...), {n}", tokens * c.layers * 4 * c.width
     else:
-        why = f"n L (16 D + a (5 D + 3 K E + 4 F) + ...) - (n - m) (8 D + a (2 D + 4 F)) of the last layer, {n}, m = {rows} x {job.read}"
+        why = f"n L (16 D + a (4 D + 2 K E + 4 F) + ...) - (n - m) (8 D + a (2 D + 4 F)) of the last layer, {n}, m = {rows} x {job.read}"
         kept = tokens * c.layers * (before + after) - rows * (job.row - job.read) * after
     saved = trunks * (kept + tokens * 12 * c.width)
     backward = tokens * (a * c.feed_forward + (before + after if job.checkpoint else 0))

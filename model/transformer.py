@@ -119,7 +119,9 @@ class Places:
 
     def spread(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, T, D), with zeros for all others."""
-        return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.numbers, x).unflatten(0, self.shape)
+        whole = x.new_zeros(self.shape.numel(), x.shape[-1])
+        whole[self.numbers] = x  # index_copy would keep x for its backward pass
+        return whole.unflatten(0, self.shape)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D)."""
@@ -162,6 +164,8 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, head_size)).transpose(1, 2)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
+        if value.requires_grad:
+            value = value.contiguous()  # a view would keep all of qkv for the backward pass
         if held is not None:
             held.keys[..., -key.shape[2] :], held.values[:, :, -key.shape[2] :] = key.transpose(2, 3), value
         if mask is not None and heads != kv_heads:  # torch's fast kernels on GPUs take a mask or fewer keys than queries, not both
