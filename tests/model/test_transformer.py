@@ -242,3 +242,22 @@ def test_named_sizes_have_the_parameters_that_their_names_say():
     expected = {"tiny": 0.94e6, "mini": 5.07e6, "small": 34e6, "base": 134e6, "1b": 1.1e9, "7b": 6.74e9}
     assert counts == pytest.approx(expected, rel=0.03)
     assert isinstance(LanguageModel(CONFIG).trunk, Transformer)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_keeps_no_query_key_and_value_before_rotation(padded):
+    """For its backward pass it needs the rotated ones and the values alone, with padding left out or not."""
+    config, kept = replace(CONFIG, kv_heads=CONFIG.heads), {}
+    model, tokens = loud(LanguageModel, config), random_tokens(config, rows=4, length=20)
+    lengths = torch.tensor([20, 6, 9, 20] if padded else [20] * 4)
+    mask = torch.arange(20) < lengths[:, None]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.trunk(tokens, read=mask)
+    sizes = {size for place, size in kept.items() if place not in own}
+    assert 4 * 80 * config.width in sizes and not sizes & {4 * count * 3 * config.width for count in (int(mask.sum()), 80)}
