@@ -74,7 +74,7 @@ MUTATIONS = [
          "            write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)",
          "            text.save(model, folder, world)\n            write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)", "tests/test_train.py -k kept_in_fp32"),
         ("DPO's optimum is that of labels without noise", "model/answers.py",
-         "chance = (chance + flips * (1 - 2 * chance))", "chance = chance", "tests/test_eval.py -k aims_at"),
+         "chance = (chance + made[\"flip_rate\"] * (1 - 2 * chance))", "chance = chance", "tests/test_eval.py -k aims_at"),
         ("the contents of --file are not in the key", "model/offline.py",
          "as_flags(flags) | file,", "as_flags(flags),", "tests/test_train.py"),
         ("variance in one pass", "losses/masked.py",
