@@ -68,6 +68,14 @@ def take_flags(group, given: dict, prefix: str = "", **defaults):
     return group(**values)
 
 
+def typed(flags: dict[str, object]) -> list[str]:
+    """Flags as they are typed."""
+    words = []
+    for name, value in flags.items():
+        words += [name if value else name.replace("--", "--no-", 1)] if isinstance(value, bool) else [name, str(value)]
+    return words
+
+
 @contextlib.contextmanager
 def typed_names(groups: Sequence, prefix: str) -> Iterator[None]:
     """Puts the chain's prefix ("split-") before the names of these dataclasses' flags in whatever message ends the block."""

@@ -34,7 +34,7 @@ from data.compare import COURSE
 from data.errors import CheckpointError, Stop, UsageError
 from data.examples import FORMATS
 from data.files import atomic_write, digest, model_digest, read_json, write_json
-from data.flags import flag
+from data.flags import flag, typed
 from data.prepare import DataFlags, WorldFlags
 from data.run import MANIFEST, code_version, locked
 from data.synthetic import WORLDS
@@ -278,14 +278,6 @@ def program(folder: Path, log: Path, *arguments) -> None:
     if code:
         kind = {kind.code: kind for kind in Stop.__subclasses__()}.get(code, Stop)
         raise kind(f"{script} {' '.join(rest[:2])} stopped with exit code {code}; read {log}")
-
-
-def typed(flags: dict[str, object]) -> list[str]:
-    """Flags as they are typed."""
-    words = []
-    for name, value in flags.items():
-        words += [name if value else name.replace("--", "--no-", 1)] if isinstance(value, bool) else [name, str(value)]
-    return words
 
 
 def stage(folder: Path, name: str, seed: int, flags: dict[str, object], *more, cwd: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data.errors import CheckpointError, ResourceError, UsageError
 from data.files import digest, model_digest, read_json, weight_files, write_json
+from data.flags import typed
 
 MANIFEST = "manifest.json"  # the last file of a stage's folder
 FLAGS = "flags.json"  # its first: flags and parents, which are its key
@@ -216,16 +217,13 @@ def check_ancestors(folder: Path, manifest: dict) -> None:
         check_ancestors(place, read_json(place / MANIFEST))
 
 
-def command_for(stage: str, folder: Path, **typed) -> str:
-    """What makes a stage of a run, as it is typed in a shell. typed: flags that were typed about the run's data; --quick comes by itself where
-    that was made under it."""
-    made = folder / "data" / MANIFEST
+def command_for(stage: str, folder: Path, about_data: dict[str, object] | None = None) -> str:
+    """What makes a stage of a run, as a shell takes it, with the flags that were typed about the run's data; --quick comes by itself where that
+    was made under it."""
+    made, flags = folder / "data" / MANIFEST, {"--stage": stage, "--out": folder} | (about_data or {})
     if made.exists() and read_json(made)["flags"].get("quick"):
-        typed |= {"quick": True}
-    words = ["python", "train.py", "--stage", stage, "--out", str(folder)]
-    for name, value in typed.items():
-        words += [] if value is False else [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+        flags |= {"--quick": True}
+    return shlex.join(["python", "train.py", *typed(flags)])
 
 
 class Metrics:

@@ -261,9 +261,9 @@ def pair_preferences(folder: Path, digests: dict[str, str], questions: Sequence[
     for name in digests:
         made = read_json(folder / name.split("/")[0] / MANIFEST)
         flags = made["flags"]
-        plain_dpo = flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
+        plain_dpo = odds is not None and flags.get("loss") == "dpo" and not flags["chosen_weight"] and not flags["label_smoothing"]
         plain_dpo = plain_dpo and identity(made["parents"]["ref"]) == identity(parent_key(folder / "sft"))  # not --ref of another model
-        found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], odds / flags["beta"] if plain_dpo and odds is not None else None)
+        found[name] = preference_numbers(logps[digests[name]], logps[digests["sft"]], odds / flags["beta"] if plain_dpo else None)
     return found
 
 

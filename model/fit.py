@@ -18,7 +18,7 @@ from data.errors import NumericalError
 from data.flags import flag
 from data.run import Metrics
 from model.optim import clipped_step, lr_at, make_optimiser
-from model.parallel import World, gradient_sync
+from model.parallel import World, bar_if_slow, gradient_sync
 from model.resume import Saving
 
 
@@ -74,8 +74,7 @@ def evaluate(model: nn.Module, objective: Objective, rows: Sequence, micro_batch
     """Mean loss and metrics over rows, each counted once whatever the number of processes."""
     model.eval()
     sums: dict[str, float] = {}
-    parts = share_out(rows, world.rank, world.size, micro_batch)
-    for part in tqdm(parts, desc="validation", leave=False, delay=2, disable=not world.is_main, mininterval=1.0):
+    for part in bar_if_slow(share_out(rows, world.rank, world.size, micro_batch), "validation", world):
         with world.autocast():
             total, metrics = objective.loss(model, part or rows[:1])
         add_up(sums, {"loss": total, **metrics}, bool(part))

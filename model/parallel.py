@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from data.errors import ResourceError, Stop, UsageError
 from data.flags import flag
@@ -291,6 +292,11 @@ def at_hand(model: nn.Module, world: World):
     finally:
         for parameter, values in resting.items():
             parameter.data = values
+
+
+def bar_if_slow(rows: Sequence, what: str, world: World) -> tqdm:
+    """The rows with a bar that the main process shows once they have taken two seconds, and takes away after them."""
+    return tqdm(rows, desc=what, leave=False, delay=2, disable=not world.is_main, mininterval=1.0)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from data.batches import PairRow, Row, encode_pairs, encode_prompt, encode_response
 from data.errors import CheckpointError, DataError, UsageError
@@ -28,7 +27,7 @@ from data.split import read_split
 from data.tokenizer import Tokenizer, tokenizer_file
 from model.checkpoint import CONFIG, open_model, save_model
 from model.optim import BY_SIZE
-from model.parallel import DeviceFlags, World
+from model.parallel import DeviceFlags, World, bar_if_slow
 from model.resume import LoopFlags, Saving
 from model.transformer import ModelConfig
 
@@ -75,7 +74,7 @@ class Run:
 
     def command(self, stage: str) -> str:
         """What makes a stage of this run, with what was typed about data."""
-        return command_for(stage, self.folder, **{name: value for name, value in self.given.items() if name in ABOUT_DATA})
+        return command_for(stage, self.folder, {"--" + name.replace("_", "-"): value for name, value in self.given.items() if name in ABOUT_DATA and value is not False})
 
     def begins(self, name: str, flags: dict, parents: dict[str, Path]) -> bool:
         """Whether a stage has to run: its folder is made, or gone on with, and locked, and its flags are shown; or it is finished with the
@@ -224,7 +223,7 @@ def open_text(run: Run) -> Text:
 
 def encoded(run: Run, text: Text, part: str) -> list[PairRow]:
     """The pairs of a part of DIR/data as ids; says what was shortened, cut or dropped."""
-    pairs = tqdm(load_pairs(run.folder / "data", part), desc=f"{part} pairs to ids", leave=False, delay=2, disable=not run.world.is_main, mininterval=1.0)
+    pairs = bar_if_slow(load_pairs(run.folder / "data", part), f"{part} pairs to ids", run.world)
     rows, counts = encode_pairs(pairs, text.tokenizer, text.max_prompt, text.max_response)
     say_counts(run, f"{part}: {len(rows)} pairs", counts)
     if not rows:
@@ -241,8 +240,7 @@ def say_counts(run: Run, what: str, counts: Counter) -> None:
 def demonstration_rows(run: Run, text: Text, part: str) -> list[Row]:
     """What SFT imitates, as ids; rows whose prompt does not fit are left out. Says what was shortened, cut or dropped."""
     rows, counts = [], Counter()
-    demonstrations = load_demonstrations(run.folder / "data", part)
-    for index, shown in enumerate(tqdm(demonstrations, desc=f"{part} texts to ids", leave=False, delay=2, disable=not run.world.is_main, mininterval=1.0)):
+    for index, shown in enumerate(bar_if_slow(load_demonstrations(run.folder / "data", part), f"{part} texts to ids", run.world)):
         prompt, shortened = encode_prompt(shown.prompt, shown.style, text.tokenizer, text.max_prompt)
         response, cut = encode_response(shown.response, text.tokenizer, text.max_response)
         if not prompt:

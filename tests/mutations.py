@@ -338,7 +338,7 @@ MUTATIONS = [
         ("a resting reference asked where it lies", "rl/rollout.py",
          "    with at_hand(ref, world):\n        (ref_logp,)", "    if True:\n        (ref_logp,)", "tests/test_train.py -k rest_in"),
         ("a resting model not put back", "model/parallel.py",
-         "            parameter.data = values\n\n\ndef whole", "            pass\n\n\ndef whole", f"{RANKS} -k resting"),
+         "            parameter.data = values\n\n\ndef bar", "            pass\n\n\ndef bar", f"{RANKS} -k resting"),
         # ---- strangers' files, warnings, what must not change a result
         ("a line of any length is read", "data/examples.py", "file.readline(MAX_LINE + 1)", "file.readline()", READERS),
         ("a pipe is waited for", "data/examples.py", "if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):", "if False:", f"{READERS} -k pipes"),
@@ -349,7 +349,7 @@ MUTATIONS = [
         ("the KL may explode unheard", "rl/watch.py", "EXPLODED = 1.0", "EXPLODED = 10.0", LOOP),
         ("collapse told in every round", "rl/watch.py", "if seen and name not in warned]", "if seen]", LOOP),
         ("a critic worse than none is not told", "rl/watch.py", "rounds >= SETTLED and", "False and", LOOP),
-        ("a folder's name not as a shell takes it", "data/run.py", "return shlex.join(words)", 'return " ".join(words)', "tests/test_train.py -k made_with_the_data_that_was_typed"),
+        ("a folder's name not as a shell takes it", "data/run.py", "return shlex.join([", 'return " ".join([', "tests/test_train.py -k made_with_the_data_that_was_typed"),
         ("prompts that cannot be cut left out of the warning", "model/offline.py",
          '(counts["prompts shortened"] + dropped) / len(pairs)', 'counts["prompts shortened"] / len(pairs)', "tests/test_train.py -k limits_that_cut_much"),
         ("a model's control characters printed", "data/report.py", "printable(response[\"text\"].strip())", 'response["text"].strip()', "tests/test_eval.py -k control_characters"),
