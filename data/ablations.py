@@ -40,6 +40,10 @@ CORE = {
     "chosen-easy": Row({"--dpo-beta": 1e-6, "--dpo-chosen-weight": 1.0}),  # the likelihood of the easy chosen responses, and nothing else
     "ppo-chosen-easy": Row(start="chosen-easy"),
 }
+LABELS = {  # is it the selection that helps, or the reward model's opinion, which all pairs could have?
+    "relabelled-all": Row({"--dpo-part": "all", "--dpo-loss": "soft", "--dpo-sharpness": 1000.0}),
+    "soft-all": Row({"--dpo-part": "all", "--dpo-loss": "soft"}),
+}
 
 
 def levels(flag: str, values: Sequence, rows: Sequence[str]) -> dict[str, Row]:
@@ -54,7 +58,7 @@ def together(flags: dict[str, object], at: str, rows: Sequence[str]) -> dict[str
     """The rows with all these flags; where a starting row is among them, it has them too."""
     made = {}
     for name in rows:
-        row = CORE[name]
+        row = (CORE | LABELS)[name]
         made[f"{name}@{at}"] = Row(row.flags | flags, f"{row.start}@{at}" if row.start in rows else row.start)
     return made
 
@@ -74,10 +78,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     | levels("--label-temperature", (4.0,), ("dpo-all", "dpo-easy")),
     "flips": levels("--flip-rate", (0.2,), ARMS) | levels("--flip-rate", (0.3,), DPO),
     "bias": levels("--annotator-bias", (2.0,), (*ARMS, "dpo-random")) | levels("--annotator-bias", (1.0,), DPO),
-    "labels": {  # is it the selection that helps, or the reward model's opinion, which all pairs could have?
-        "relabelled-all": Row({"--dpo-part": "all", "--dpo-loss": "soft", "--dpo-sharpness": 1000.0}),
-        "soft-all": Row({"--dpo-part": "all", "--dpo-loss": "soft"}),
-    },
+    "labels": LABELS,
     "losses": {  # at a known flip rate: is it the selection that helps, or would a loss that knows of flips do?
         "cdpo-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-label-smoothing": 0.2, "--flip-rate": 0.2}),
         "robust-all@flip-rate-0.2": Row({"--dpo-part": "all", "--dpo-loss": "robust", "--dpo-assumed-flips": 0.2, "--flip-rate": 0.2}),
@@ -97,7 +98,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "critic": together({"--ppo-critic": "trunk", "--ppo-value-coef": 0.1}, "trunk", ("ppo-all", "mpo")),
     "regimes": together({"--flip-rate": 0.2, "--pairs": 20_000}, "plenty-flipped", ARMS)
     | together(FEW_BIASED, "few-biased", ARMS)
-    | together(FEW_BIASED | {"--dpo-epochs": 4}, "few-biased-4-epochs", (*DPO, "mpo")),  # one pass of so few is 41 to 113 steps
+    | together(FEW_BIASED | {"--dpo-epochs": 4}, "few-biased-4-epochs", (*DPO, *LABELS, "mpo")),  # one pass of so few is 41 to 113 steps
 }
 ROWS: dict[str, Row] = {name: row for group in GROUPS.values() for name, row in group.items()}
 CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim compares: the first is said to be better
@@ -112,6 +113,7 @@ CLAIMS: dict[str, tuple[tuple[str, str], ...]] = {  # which rows each claim comp
     "MPO beats DPO alone and PPO alone": (
         ("mpo", "dpo-easy"), ("mpo", "dpo-all"), ("mpo", "ppo-all"), ("mpo", "mpo-all-prompts"),
         ("mpo@ppo-kl-coef-0.4", "dpo-easy@dpo-lr-0.0002"), ("mpo@ppo-kl-coef-0.4", "dpo-all@dpo-beta-0.1"),  # DPO that goes as far as MPO
+        ("mpo@few-biased-4-epochs", "ppo-all@few-biased"),  # PPO from SFT has no epochs of DPO
     ),
     "easy before difficult beats other orders and splits": (
         ("mpo", "mpo-reverse"), ("mpo", "mpo-random-split"), ("mpo", "mpo-random-dpo"), ("mpo", "mpo-mixed"), ("mpo", "mpo-blind-split"),
