@@ -170,7 +170,8 @@ def sft_stage(run: Run) -> None:
         initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
     size = sum(p.numel() for p in model.parameters())
     flags = for_size("sft", flags, size)
-    if not run.begins("sft", as_flags(flags, model_flags), parents):
+    unread = {"size": None} if model_flags.init else {}
+    if not run.begins("sft", as_flags(flags, model_flags) | unread, parents):
         return
     with run.stage("sft") as (folder, metrics, results):
         rows = {part: demonstration_rows(run, text, part) for part in ("train", "validation")}

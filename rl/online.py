@@ -65,7 +65,8 @@ def ppo_stage(run: Run) -> None:
     parents = {"init": init, "ref": ref_path, "rm": rm_path, "data": run.folder / "data"}
     if not flags.prompts and flags.part != "all":
         parents["split"] = run.folder / "split"
-    if not run.begins("ppo", as_flags(flags) | {"prompts_digest": sha256_of(prompts)}, parents):
+    unread = {"part": None} if flags.prompts else {}
+    if not run.begins("ppo", as_flags(flags) | unread | {"prompts_digest": sha256_of(prompts)}, parents):
         return
     with run.stage("ppo") as (folder, metrics, results):
         run.say(f"  {len(prompts)} prompts; policy from {init}, reference {ref_path}, reward model {rm_path}")

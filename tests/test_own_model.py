@@ -71,6 +71,7 @@ def test_the_chain_starts_from_the_model_and_its_tokenizer(run, published):
     for stage in ("tokenizer", *TRAINED):
         assert sha256(run / stage / "tokenizer.model") == sha256(published / "tokenizer.model")
     assert manifest(run / "sft")["parents"]["init"]["path"] == str(published) and len(manifest(run / "sft")["parents"]["init"]["weights"]) == 64
+    assert manifest(run / "sft")["flags"]["size"] is None  # of a model from scratch
     described, mine = (json.loads((folder / "config.json").read_text()) for folder in (published, run / "ppo"))
     for field in ("vocab_size", "hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "max_position_embeddings"):
         assert mine[field] == described[field], field

@@ -265,6 +265,7 @@ def test_ppo_ablations(chain, tmp_path, name):
     if name in ("all prompts", "other prompts"):
         train = {pair.prompt for pair in load_pairs(run / "data", "train")}
         assert f"  {5 if name == 'other prompts' else len(train)} prompts;" in output
+        assert (" part=" in output) == (name == "all prompts")  # what is not read is not said
     if name != "a critic on the trunk":
         assert abs(first["explained_variance"]) > 0  # the reward model's values, where a new head begins with nothing but zeros
     # whatever the ablation, an explicit --init never moves the reference
