@@ -167,14 +167,9 @@ def check_flags(run: Run, stage: str) -> None:
     """Builds every flag group of the stage or chain once, so that an impossible value stops the run before any work."""
     if (take_flags(LoopFlags, run.given).save_every or 0) < 0:
         raise UsageError("--save-every: must be 0 or more")
-    if {"size", "init"} <= set(run.given):
-        raise UsageError(f"--size {run.given['size']}: the model of --init has its own; leave one of the two out")
     places = {name: Path(place) for name, place in run.given.items() if re.fullmatch(r"((rm|dpo|ppo)_)?(init|ref|reward_model)", name)}
     for name, place in places.items():
-        reader = name.partition("_")[0]
-        earlier = CHAIN[: CHAIN.index(reader)] if reader in CHAIN else ()
-        made_before = inside(run.folder, place) and place.resolve().relative_to(run.folder.resolve()).parts[0] in earlier
-        if not place.is_dir() and not (run.chain and made_before):
+        if not place.is_dir() and not (run.chain and made_before(run, name, place)):
             raise UsageError(f"--{name.replace('_', '-')} {place}: no such folder")
     for name in CHAIN if run.chain else (stage,):
         with typed_names(STAGE_FLAGS[name], f"{name}-" if run.chain else ""):
@@ -190,6 +185,15 @@ def check_flags(run: Run, stage: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {place}: no model is there; give a model's own folder, such as runs/mpo/sft or runs/mpo/rm")
     if run.chain:
         check_models(run)
+
+
+def made_before(run: Run, name: str, place: Path) -> bool:
+    """Whether the chain will have made a model of the kind that the flag `name` asks for in `place`, as far as can be known: a snapshot's number cannot."""
+    if not inside(run.folder, place):
+        return False
+    makers = {"rm_init": ("sft",), "dpo_init": ("sft",), "dpo_ref": ("sft",), "ppo_init": ("sft", "dpo"), "ppo_ref": ("sft", "dpo"), "ppo_reward_model": ("rm",)}
+    first, *below = place.resolve().relative_to(run.folder.resolve()).parts
+    return first in makers.get(name, ()) and not (first == "rm" and below)  # a fold's model has no scale for its scores
 
 
 def inside(folder: Path, place: Path) -> bool:
@@ -272,6 +276,8 @@ def main(arguments: list[str]) -> None:
     check_loss_names()
     given = vars(build_parser(stage).parse_args(arguments))
     given.pop("stage")
+    if {"size", "init"} <= set(given):
+        raise UsageError(f"--size {given['size']}: the model of --init has its own; leave one of the two out")
     if stage == "ablations":
         grid(given)
         return

@@ -282,7 +282,7 @@ def settings_text(lines: Sequence[dict], key: str) -> str:
             if seeds:
                 here, there = ([at("best", key)(x[seed]) - at("best", key)(y[seed]) for seed in seeds] for x, y in (four[:2], four[2:]))
                 changed = paired_difference(here, there)
-                star = "*" * any(on_two_sfts(four[0][seed], four[2][seed], key) for seed in seeds)
+                star = "*" * any(on_two_sfts(x[seed], y[seed], key) for x, y in zip(four[:2], four[2:], strict=True) for seed in seeds)
                 rows.append([f"{a} - {b}{star}", setting[1:], len(seeds), format_interval(*t_interval(here)), format_interval(*t_interval(there)), format_interval(*changed), verdict(changed)])
     header = ["", "setting", "seeds", "there", "with defaults", "change", "shown"]
     return f"What a setting changes of a difference of {COLUMNS[key]}, best by own validation, on the seeds that have both:\n\n" + markdown_table(header, rows) if rows else ""

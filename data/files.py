@@ -45,7 +45,7 @@ def written_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         if isinstance(error, OSError):
-            raise ResourceError(f"{path}: cannot be written ({error.strerror}); free space there or choose another --out") from error
+            raise ResourceError(f"{path}: cannot be written ({error.strerror}); free space there, or write elsewhere") from error
         raise
 
 

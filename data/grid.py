@@ -221,8 +221,8 @@ def of_folder(folder: Path) -> str:
 
 def content(value):
     """A flag's value; for a spec of files their kind and digests in place of their paths."""
-    kind, _, paths = str(value).partition(":")
-    if kind not in FORMATS:
+    kind, colon, paths = str(value).partition(":")
+    if not colon or kind not in FORMATS:  # --template hh names a format, and no file
         return value
     return f"{kind}:" + ",".join(short_file(path, value) for path in paths.split(","))
 
@@ -253,11 +253,15 @@ def row_folder(grid: Grid, name: str, seed: int) -> Path:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The lines of a rows file; none where there is no file. Raises CheckpointError with file:line for one that is damaged."""
+    """The lines of a rows file; none where there is no file. Raises CheckpointError with file:line for one that is damaged, UsageError for a folder."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file for rows, such as {path / 'rows.jsonl'}")
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             lines.append(json.loads(line))
+            if not isinstance(lines[-1], dict) or not {"key", "row", "seed", "made_with", "points"} <= set(lines[-1]):
+                raise ValueError("it has not what a row has")
         except ValueError as error:
             raise CheckpointError(f"{path}:{number}: is no line of a grid ({error}); remove it, and that row is run again") from error
     return lines

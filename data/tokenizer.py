@@ -93,6 +93,8 @@ def _refuse_surrogates(text: str) -> None:
 def tokenizer_file(folder: Path) -> Path:
     """The tokenizer.model of a model's folder; raises CheckpointError, with the reason, where it has none."""
     path = Path(folder) / "tokenizer.model"
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder")
     if not path.exists():
         others = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (path.parent / name).exists()]
         hint = f"; {', '.join(others)} there hold a tokenizer of another kind, of which this program has no reader" if others else ""

@@ -16,6 +16,8 @@ from losses.sft import sft_loss
 from model.fit import Objective
 from model.score import pair_logps, pair_tensors, to_tensors
 
+TIE = 1e-4  # nats: log-probabilities of a response that differ by less do so by rounding
+
 
 def sft_objective(pad_id: int, device: torch.device, include_prompt: bool) -> Objective:
     """Next-token loss on the response, or on all after BOS; divided by tokens."""
@@ -63,7 +65,7 @@ def preference_objective(
         chosen_reward, rejected_reward = implicit_rewards(pairs, beta)
         margin = chosen_reward - rejected_reward
         metrics = {
-            "accuracy": (margin > 0).float() + 0.5 * (margin == 0),
+            "accuracy": torch.where(margin.abs() <= TIE * beta, 0.5, (margin > 0).float()),
             "margin": margin,
             "chosen_reward": chosen_reward,
             "rejected_reward": rejected_reward,

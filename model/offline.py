@@ -33,7 +33,7 @@ from model.optim import for_size
 from model.parallel import World, distribute
 from model.score import cached_logps, reference_logps, reward_scores_of_pairs
 from model.stage import Run, Text, check_vocabularies, demonstration_rows, encoded, open_text, part_ids, validation_prompts
-from model.transformer import SIZES, initialise, sized
+from model.transformer import SIZES, first_values, sized
 from model.watch import WATCHED, check_first_preference_step, limit_passed, sampled_kl
 
 SCALED_ON = 2000  # training pairs that the mean and std of a reward model's scores, and its accuracy in training, are taken from
@@ -166,8 +166,9 @@ def sft_stage(run: Run) -> None:
         parents["init"] = run.parent("sft", model_flags.init)
         model = text.load(parents["init"], LanguageModel)
     else:
-        model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
-        initialise(model, stable_hash(run.flags.seed, "sft", "weights"))
+        with torch.device("meta"):  # `distribute` gives it its values, each process its share, as it does to models from disk
+            model = LanguageModel(sized(model_flags.size, tokenizer.vocab_size, text.max_prompt + text.max_response))
+        model.read = first_values(model, stable_hash(run.flags.seed, "sft", "weights"))
     size = sum(p.numel() for p in model.parameters())
     flags = for_size("sft", flags, size)
     unread = {"size": None} if model_flags.init else {}
@@ -230,7 +231,7 @@ def rm_stage(run: Run) -> None:
         if not stats["score_std"] > 0:
             raise NumericalError("rm: all chosen responses have the same score, so the reward model has learnt nothing; " + other)
         if stats["score_std"] < FLAT:
-            run.say(f"warning: rm: the standard deviation of chosen responses' scores is {stats['score_std']:.1g} log-odds, and PPO divides by it; " + other)
+            run.say(f"warning: rm: the standard deviation of chosen responses' scores is {stats['score_std']:.2g} log-odds, and PPO divides by it; " + other)
         if world.is_main:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | stats)
         lengths = [[len(row.chosen.response) for row in test], [len(row.rejected.response) for row in test]]

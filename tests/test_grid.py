@@ -12,7 +12,7 @@ from runs import TINY, WORLD, command, here
 
 from data import grid
 from data.ablations import Row
-from data.errors import UsageError
+from data.errors import CheckpointError, UsageError
 from data.run import locked
 from data.synthetic import true_reward
 from train import build_parser, defaults
@@ -254,6 +254,17 @@ def test_files_are_known_by_their_contents(tmp_path):
     assert grid.content(f"jsonl:{tmp_path}/a") != grid.content(f"jsonl:{tmp_path}/b")
     with pytest.raises(UsageError, match="no file"):
         grid.content(f"jsonl:{tmp_path}/c")
+    assert grid.content("hh") == "hh"  # of --template
+
+
+@pytest.mark.parametrize("damage", [b'{"a": 1}\n', b"[1]\n", b"\xff\n", b'{"row": \n'])
+def test_a_damaged_rows_file_is_named_with_its_line(made, tmp_path, damage):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((made[0] / "rows.jsonl").read_bytes() + damage)
+    with pytest.raises(CheckpointError, match=f"rows.jsonl:{len(ROWS) + 1}: is no line of a grid"):
+        grid.read_rows(rows)
+    with pytest.raises(UsageError, match="is a folder; name a file for rows"):
+        grid.read_rows(tmp_path)
 
 
 def test_a_row_that_fails_is_named_with_its_log_and_the_others_go_on(made, tmp_path, monkeypatch, capsys):

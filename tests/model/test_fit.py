@@ -160,6 +160,8 @@ def test_the_dpo_objective_equals_the_formula_on_sums_over_response_tokens():
         fall = sum(float(summed_nll(model, [pair.chosen])[0] - summed_nll(ref, [pair.chosen])[0]) for pair in pairs) / 5
     assert abs(fall) > 0.1 and numbers["chosen_fall"] == pytest.approx(fall, abs=1e-4)
     assert numbers["accuracy"] == sum(margin > 0 for margin in margins) / 5
+    nearly = {row: (chosen + 1e-5, rejected) for row, (chosen, rejected) in reference_sums(model, pairs).items()}  # as rounding leaves them
+    assert evaluate(model, preference_objective(lambda pairs: dpo(pairs, beta=0.3), 0.3, nearly, PAD, CPU), pairs, 2, ALONE)["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["rm", "dpo"])

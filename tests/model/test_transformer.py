@@ -12,8 +12,9 @@ from data.errors import UsageError
 from model.checkpoint import load_model, save_model
 from model.heads import LanguageModel, ScalarModel
 from model.packing import packing
+from model.parallel import fill
 from model.score import row_lengths, to_tensors
-from model.transformer import SIZES, ModelConfig, Places, Transformer, initialise, places_of, sized
+from model.transformer import SIZES, ModelConfig, Places, Transformer, first_values, initialise, places_of, sized
 
 CONFIGS = {
     "4 heads, 4 key-value heads": replace(CONFIG, kv_heads=4),
@@ -192,6 +193,19 @@ def test_a_fresh_model_is_no_surer_than_chance():
     initialise(model, seed=1)
     loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(6.93 + 0.5, abs=0.15)  # ln 1024, and half the variance of 1 that the logits have
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_is_filled_gets_the_values_of_one_that_is_initialised(tied):
+    config, model = replace(CONFIG, tied=tied), LanguageModel(replace(CONFIG, tied=tied))
+    initialise(model, seed=3)
+    with torch.device("meta"):
+        filled = LanguageModel(config)
+    filled.read = first_values(filled, seed=3)
+    fill(filled, torch.device("cpu"))
+    assert filled.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in filled.state_dict().items())
+    assert (filled.lm_head.weight is filled.trunk.embedding.weight) == tied
 
 
 def test_initialise_depends_on_its_seed_alone_and_leaves_the_global_generator():
