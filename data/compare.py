@@ -55,8 +55,9 @@ def of_row(lines: Sequence[dict], name: str) -> dict[int, dict]:
 
 
 def one_per_seed(lines: Sequence[dict]) -> list[dict]:
-    """A line of each seed, of no sweep where there is one: all rows of a seed share its reward model and the marks."""
-    return list({line["seed"]: line for line in sorted(lines, key=lambda line: "@" not in line["row"])}.values())
+    """A line of each seed, of no sweep where any line is: all such rows of a seed share its reward model and the marks, and a seed that was run in
+    other settings alone has others."""
+    return list({line["seed"]: line for line in [line for line in lines if "@" not in line["row"]] or lines}.values())
 
 
 def names_of(lines: Sequence[dict]) -> list[str]:

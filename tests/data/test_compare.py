@@ -11,7 +11,7 @@ import pytest
 from data import pictures
 from data.ablations import CORE, ROWS, is_ppo
 from data.compare import (
-    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, over_seeds, passed, reward_models_text,
+    as_csv, at_equal_kl, at_equal_pairs, by_setting, compared, course_text, differences, frontier, names_of, one_per_seed, over_seeds, passed, reward_models_text,
     kinds_text, samples_text, settings_text, trials_text, tuned, verdict,
 )  # fmt: skip
 from data.errors import DataError
@@ -39,6 +39,11 @@ LINES = [
     line("mpo", 1, (1.0, 2.0, 1.5)), line("mpo", 2, (1.0, 3.0, 1.5)), line("mpo", 3, (1.0, 4.0, 1.5)),
     line("dpo-easy", 2, (0.5, 2.0, 1.0)), line("dpo-easy", 1, (0.5, 1.5, 1.0)),
 ]  # fmt: skip
+
+
+def test_a_seed_that_was_run_in_other_settings_alone_is_not_among_the_plain_ones():
+    plain, elsewhere = line("dpo-all", 1, (1.0, 2.0, 3.0)), line("dpo-all@flip-rate-0.2", 2, (1.0, 2.0, 3.0))
+    assert one_per_seed([elsewhere, plain]) == [plain] and one_per_seed([elsewhere]) == [elsewhere]
 
 
 def test_differences_are_paired_by_seed():
