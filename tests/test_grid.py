@@ -106,7 +106,8 @@ def test_no_process_waits_for_what_it_does_not_need(tmp_path, monkeypatch):
         if (name, seed) == ("mpo", 1):
             first_seed_is_made.set()
 
-    for name, function in (("make_base", make_base), ("make_row", make_row), ("measured", lambda *row: {"time": {"train": 0, "eval": 0}})):
+    described = dict.fromkeys(("key", "row", "seed", "made_with", "points"))
+    for name, function in (("make_base", make_base), ("make_row", make_row), ("measured", lambda *row: described | {"time": {"train": 0, "eval": 0}})):
         monkeypatch.setattr(grid, name, function)
     asked = grid.Grid(tmp_path, tmp_path / "rows.jsonl", {"--data": "advice"}, None, {})
     assert grid.run_tasks(asked, [("mpo", 1), ("mpo", 2)], 2) == []
