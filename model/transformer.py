@@ -274,7 +274,7 @@ def first_values(model: nn.Module, seed: int) -> Callable[[str], Tensor]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Gives a model on the CPU its first values."""
+    """Gives a model on the CPU all its first values, where no stage does so as it brings it to its device."""
     read = first_values(model, seed)
     for name, parameter in model.named_parameters():
         parameter.copy_(read(name))

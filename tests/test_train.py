@@ -581,7 +581,9 @@ def test_what_no_stage_made_is_never_removed(chain, tmp_path, resume):
 def test_a_place_in_the_run_that_only_a_chain_could_make_is_no_place_for_a_stage(chain, tmp_path):
     run = copy_of(chain, tmp_path / "run", "ppo")
     assert "nothing: no such folder" in here("--stage", "ppo", "--out", run, "--ref", run / "nothing", *BUDGETS["ppo"], expect=2)
-    for flag, place in (("--ppo-ref", "sftt"), ("--dpo-ref", "ppo"), ("--rm-init", "dpo/snapshot-00001"), ("--ppo-ref", "rm"), ("--dpo-ref", "split"), ("--ppo-reward-model", "rm/fold-0")):  # such models no earlier stage makes there
+    of_no_stage = (("--ppo-ref", "sftt"), ("--dpo-ref", "ppo"), ("--rm-init", "dpo/snapshot-00001"), ("--dpo-ref", "split"))
+    of_another_kind = (("--ppo-ref", "rm"), ("--ppo-reward-model", "rm/fold-0"))
+    for flag, place in of_no_stage + of_another_kind:
         said = here("--stage", "mpo", "--out", tmp_path / "new", flag, tmp_path / "new" / place, *WORLD, *TINY, expect=2)
         assert f"{place}: no such folder" in said and not (tmp_path / "new").exists()
 
